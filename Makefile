@@ -1,0 +1,41 @@
+# make repro | test | lab | readme | clean-env | help
+# Every job first sets up what it needs (see .ci/env.sh): an active environment that has the packages is used as it is,
+# otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help env repro test lab readme clean-env
+
+PYTHON ?=
+export PYTHON
+PROFILE ?= mini
+# further words for `dvc repro`, for example ARGS='finetune@sample'
+ARGS ?=
+
+SETUP = set -eo pipefail; source .ci/env.sh
+
+help:  ## this list
+	@echo "make TARGET, where TARGET is one of"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+env:  ## set up the environment, nothing else
+	@$(SETUP)
+
+repro:  ## raw data to reports/index.html, whatever is not up to date
+	@[ "$(PROFILE)" = mini ] || { echo "PROFILE=$(PROFILE) is not there yet: only mini is." >&2; exit 2; }
+	@$(SETUP); \
+	if [ -e .git ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; \
+	else dvc config --local core.no_scm true; fi; \
+	dvc repro $(ARGS); \
+	echo "The page of results: $(CURDIR)/reports/index.html"
+
+test:  ## notebooks and tests; the last line counts them
+	@$(SETUP); python -u tests/run_all.py $(ARGS)
+
+lab:  ## open JupyterLab on the notebooks
+	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs $$root $(ARGS)
+
+readme:  ## write README.md from nbs/index.ipynb
+	@$(SETUP); python .ci/readme.py
+
+clean-env:  ## remove .venv (data, models and results stay)
+	rm -rf .venv unirec_companion.egg-info

@@ -1,0 +1,222 @@
+"""The results page, made from made-up files and looked at by a real browser."""
+import base64
+import io
+import json
+import shutil
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from unirec.report import build_page, comparison_table, markdown_table
+
+INJECTED = "<script>window.taken = true; document.title = 'taken'</script><img src=x onerror='window.taken = true'>"
+MODELS = {"unirec": 0.09, "unirec_id": 0.08, "sasrec": 0.07, INJECTED: 0.05}
+
+
+def picture(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 96), colour).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def item(name, picture=None, **extra):
+    return {"item_id": name, "title": f"Thing {name}", "detail": "a detail " * 6, "picture": picture} | extra
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_set(root, name, synthetic, redistributable):
+    """One data set with everything a page needs; its first user carries the injected words and refused pictures."""
+    folder = root / "results" / name
+    folder.mkdir(parents=True)
+    rows = [(name, model, seed, protocol, metric, level + 0.001 * seed) for model, level in MODELS.items() for seed in (0, 1)
+            for protocol in ("full", "sampled100", "last5") for metric in ("mrr", "hit@10", "ndcg@10", "hit@20")]
+    pd.DataFrame(rows, columns=["dataset", "model", "seed", "protocol", "metric", "value"]).to_csv(folder / "comparison.csv", index=False)
+    rows = [(model, stage, epoch, 3 / (epoch + 1), level if stage == "finetune" else None, 1.0)
+            for model, level in MODELS.items() for stage in ("pretrain", "finetune") for epoch in range(3)]
+    pd.DataFrame(rows, columns=["model", "stage", "epoch", "loss", "mrr", "seconds"]).to_csv(folder / "curves.csv", index=False)
+    write_json(folder / "llm_share.json", {"unirec": {"mrr": 0.09, "mrr_without_llm": 0.08, "norm_share": 0.1, "gate": 0.05}, INJECTED: {"mrr": None}})
+    write_json(folder / "run_evaluate.json", {"stage": "evaluate", "dataset": name, "params": {"note": INJECTED}, "git_revision": None, "data_sha256": "0" * 64, "seconds": 61.0})
+    write_json(folder / "run_embed.json", {"stage": "embed", "dataset": name, "seconds": 5, "peak_memory_mb": 900.4, "tokens_per_second": 12345.6})
+    write_json(folder / "quality.json", {"users": 10, "items": 40, "events": 90, "rows_read": 100, "rows_kept": 90, "dropped": {INJECTED: 10}, "coverage": {"title": 1.0}})
+    target = item("target", picture("teal"))
+    top = [item(f"item{place}", picture("orange")) | {"score": 1.0 / place, "hit": False} for place in range(1, 10)]
+    users = [{"user": f"{name}-user-{number}", "history": [item(f"old{step}", picture("gray")) for step in range(13)], "target": target,
+              "models": {"unirec": top[:3] + [target | {"score": 0.2, "hit": True}] + top[3:], "sasrec": top + [item("item10", None, score=0.01, hit=False)]},
+              "rank": {"unirec": 4.0, "sasrec": 23.5}} for number in range(10)]
+    foreign = [item("a", "javascript:window.taken=true"), item("b", "https://elsewhere.invalid/b.png"), item("c", "data:image/svg+xml;base64,PHN2Zy8+"), item("d", 'data:image/png;base64,AA" onload="window.taken=true')]
+    users[0] |= {"user": INJECTED, "history": foreign + [item("e") | {"title": INJECTED, "detail": INJECTED}, item("f") | {"title": "W" * 300}]}
+    write_json(root / "predictions" / name / "examples.json", {"dataset": name, "synthetic": synthetic, "redistributable": redistributable, "users": users})
+
+
+def write_sets(root):
+    write_set(root, "made_up", synthetic=True, redistributable=True)
+    write_set(root, "borrowed", synthetic=False, redistributable=False)
+    return root
+
+
+@pytest.fixture()
+def files(tmp_path):
+    return write_sets(tmp_path)
+
+
+SETS = {"made_up": {"synthetic": True, "redistributable": True}, "borrowed": {"synthetic": False, "redistributable": False}}
+
+
+def build(root, **other):
+    options = {"sets": SETS, "budget": "quick", "audience": "local"} | other
+    return build_page(root / "results", root / "predictions", root / "reports" / "index.html", **options)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The page for each audience, built once: audience -> (file, what build_page returned)."""
+    root = write_sets(tmp_path_factory.mktemp("pages"))
+    return {audience: (file, build_page(root / "results", root / "predictions", file, sets=SETS, budget="quick", audience=audience))
+            for audience in ("local", "public") for file in [root / f"{audience}.html"]}
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture()
+def visit(chromium, pages):
+    """Open a page at a width, every fold open, and return it with what it asked for and complained about."""
+    contexts = []
+
+    def open_page(width=1280, scheme="light", audience="local"):
+        file, report = pages[audience]
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page, seen = context.new_page(), {"requests": [], "errors": [], "report": report}
+        page.on("request", lambda request: seen["requests"].append(request.url))
+        page.on("console", lambda message: seen["errors"].append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: seen["errors"].append(str(error)))
+        page.goto(file.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        page.wait_for_load_state("networkidle")
+        return page, seen
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def test_page_stays_at_home_and_injected_words_stay_words(visit):
+    page, seen = visit()
+    assert [url for url in seen["requests"] if not url.startswith("data:")] == [page.url]
+    assert seen["errors"] == []
+    assert page.evaluate("window.taken") is None and page.title() == "UniRec companion: results"
+    assert page.locator("script, iframe, object, embed, form, [onerror], [onload]").count() == 0
+    assert page.get_by_text(INJECTED).count() >= 10  # it is there to be read: model, user, title, reason, parameters
+    assert seen["report"]["pictures_refused"] == 4
+    assert "Pictures left out" in page.locator("footer").inner_text() and "elsewhere.invalid" not in page.content()
+
+
+def test_badge_hit_and_figures_are_shown(visit):
+    page, _ = visit()
+    made_up, borrowed = page.locator("#set-1"), page.locator("#set-2")
+    assert made_up.locator(".badge.synthetic").inner_text() == "synthetic data" and made_up.locator(".badge.synthetic").is_visible()
+    assert borrowed.locator(".badge.synthetic").count() == 0
+    assert "claims never come from it" in page.locator("header").inner_text()
+    hits = made_up.locator("li.hit")
+    assert hits.count() == 10 and all("Thing target" in text and "hit" in text for text in hits.all_inner_texts())
+    assert hits.first.locator("strong").is_visible() and hits.first.locator(".place").inner_text() == "4"
+    assert "unirec: rank 4" in made_up.locator("summary").first.inner_text() and "sasrec: rank 23.5" in made_up.locator("summary").first.inner_text()
+    assert made_up.locator(".comparison tbody th").all_inner_texts()[0].startswith("unirec")
+    best = made_up.locator(".comparison td.best").first
+    assert "0.0905" in best.inner_text() and "± 0.0007" in best.inner_text()
+    assert [row.split()[0] for row in made_up.locator(".runs tbody th").all_inner_texts()] == ["embed", "evaluate"]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_horizontal_scroll(visit, width):
+    page, _ = visit(width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    wide = page.evaluate("""width => [...document.querySelectorAll('body *')].filter(part => !part.closest('.scroll') && !part.closest('svg')
+        && part.getBoundingClientRect().right > width + 0.5).map(part => part.outerHTML.slice(0, 80))""", width)
+    assert wide == []
+
+
+def test_page_is_accessible(visit):
+    page, _ = visit()
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(head => +head.tagName[1])")
+    assert levels[0] == 1 and levels.count(1) == 1 and all(after - before <= 1 for before, after in zip(levels, levels[1:]))
+    assert page.locator("th:not([scope])").count() == 0 and page.locator("table:not(:has(caption))").count() == 0
+    assert page.locator("img:not([alt]), img[alt=''], svg:not([aria-label])").count() == 0
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(part => part.id)")
+    assert len(ids) == len(set(ids))
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+
+
+CONTRAST = """() => {
+  const parts = colour => colour.match(/[0-9.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = part => { for (; part; part = part.parentElement) { const c = parts(getComputedStyle(part).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
+  return [...document.querySelectorAll('h1,h2,h3,h4,h5,p,dt,dd,th,td,small,figcaption,summary,.badge,.what,.place,a,svg text')].map(part => {
+    const style = getComputedStyle(part), a = light(parts(part.closest('svg') ? style.fill : style.color)), b = light(ground(part));
+    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), part.outerHTML.slice(0, 80)] }).filter(([ratio]) => ratio < 4.5) }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_both_themes(visit, scheme):
+    page, _ = visit(scheme=scheme)
+    assert page.evaluate(CONTRAST) == []
+
+
+def test_what_may_not_be_passed_on_stays_here(visit):
+    local, _ = visit()
+    assert local.locator("#set-2").get_by_text("Shown on this machine only").is_visible()
+    assert local.locator("#set-2 img").count() == 0 and local.locator("#set-2 li.hit").count() == 10 and local.locator("#set-1 img").count() > 100
+    public, seen = visit(audience="public")
+    assert public.locator("#set-2 img, #set-2 li, #set-2 details.user").count() == 0 and "borrowed-user" not in public.content()
+    assert public.locator("#set-2").get_by_text("does not allow passing").is_visible() and seen["report"]["rows_withheld"] == ["borrowed"]
+
+
+@pytest.mark.parametrize("entry, said", [({}, True), ({"redistributable": True}, False), ({"redistributable": "yes"}, True), ({"redistributable": True}, None)])
+def test_silence_means_no(files, entry, said):
+    """Rows are passed on only if both the parameters and the examples say so."""
+    path = files / "predictions" / "borrowed" / "examples.json"
+    examples = json.loads(path.read_text())
+    path.write_text(json.dumps(examples | {"redistributable": said}))
+    report = build(files, sets={"borrowed": entry}, audience="public")
+    assert report["rows_withheld"] == ["borrowed"] and report["pictures"] == 0
+    assert "borrowed-user" not in (files / "reports" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("file", ["results/made_up/comparison.csv", "results/made_up/curves.csv", "results/made_up/llm_share.json", "predictions/made_up/examples.json"])
+def test_missing_file_is_named_with_its_stage(files, file):
+    (files / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} .written by the stage `evaluate`"):
+        build(files)
+    assert not (files / "reports").exists()
+
+
+def test_broken_file_is_named(files):
+    (files / "predictions/made_up/examples.json").write_text('{"users": [{"user": "1"}]}')
+    with pytest.raises(ValueError, match="examples.json: not the expected form"):
+        build(files)
+    (files / "results/made_up/llm_share.json").write_text("{")
+    with pytest.raises(ValueError, match="llm_share.json is not valid JSON|examples.json"):
+        build(files)
+
+
+def test_tables_agree_with_the_file(files):
+    table = comparison_table(files / "results", ["made_up"])
+    assert list(table["model"]) == list(MODELS) and table["full mrr"].tolist() == pytest.approx([level + 0.0005 for level in MODELS.values()])
+    text = markdown_table(table)
+    assert "**0.0905** ± 0.0007" in text and "<script" not in text
+    assert comparison_table(files / "results")["dataset"].unique().tolist() == ["borrowed", "made_up"]
