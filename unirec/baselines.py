@@ -6,7 +6,7 @@
 __all__ = ['popularity', 'history_weights', 'markov', 'itemknn', 'mean_vectors', 'CausalBlock', 'SASRec', 'SequenceScorer',
            'window_batches', 'next_item_loss', 'SASRecConfig', 'sasrec']
 
-# %% ../nbs/14_baselines.ipynb #cell-002
+# %% ../nbs/14_baselines.ipynb #cell-003
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,15 +20,15 @@ from .metrics import full_ranks, summarise
 from .splits import Histories, windows
 from .training import FitConfig, fit
 
-# %% ../nbs/14_baselines.ipynb #cell-007
+# %% ../nbs/14_baselines.ipynb #cell-008
 def popularity(
     train: Histories, # train events
 ) -> Callable: # scorer(histories, users) -> (B, N) float32
     "Score every item by how often it occurs in train."
     counts = np.bincount(train.items, minlength=train.n_items).astype(np.float32)
-    return lambda histories, users: np.broadcast_to(counts, (len(users), train.n_items))
+    return lambda histories, users: np.tile(counts, (len(users), 1))
 
-# %% ../nbs/14_baselines.ipynb #cell-010
+# %% ../nbs/14_baselines.ipynb #cell-011
 def history_weights(
     histories: Histories, # what is known
     users: np.ndarray, # (B,) rows of `histories`
@@ -45,7 +45,7 @@ def history_weights(
     offsets = np.concatenate([[0], np.cumsum(counts)])
     return sparse.csr_array((weights.astype(np.float32), histories.items[events[real]], offsets), shape=shape)
 
-# %% ../nbs/14_baselines.ipynb #cell-013
+# %% ../nbs/14_baselines.ipynb #cell-014
 def markov(
     train: Histories, # train events
     lags: int = 20, # how far apart two events may be to count, and how many of the last events vote
@@ -69,7 +69,7 @@ def markov(
 
     return scorer
 
-# %% ../nbs/14_baselines.ipynb #cell-019
+# %% ../nbs/14_baselines.ipynb #cell-020
 def itemknn(
     train: Histories, # train events; similarities never see anything later
     neighbours: int = 400, # most similar items that are kept for each item
@@ -91,10 +91,10 @@ def itemknn(
     similar = sparse.csr_array((values[kept], (rows[kept], columns[kept])), shape=shared.shape)
     return lambda histories, users: (history_weights(histories, users, length, half_life) @ similar.T).toarray()
 
-# %% ../nbs/14_baselines.ipynb #cell-025
+# %% ../nbs/14_baselines.ipynb #cell-026
 def mean_vectors(
     vectors: np.ndarray, # (N, D) float, one frozen vector per item
-    half_life: float | None = None, # events after which an event's weight has halved; None: a plain mean
+    half_life: float | None = 10.0, # events after which an event's weight has halved; None: a plain mean
     length: int = 50, # events of the history that count
 ) -> Callable: # scorer(histories, users) -> (B, N) float32 cosines
     "Cosine of each item's vector with the mean vector of the history."
@@ -105,7 +105,7 @@ def mean_vectors(
     directions = unit(vectors)
     return lambda histories, users: unit(history_weights(histories, users, length, half_life) @ directions) @ directions.T
 
-# %% ../nbs/14_baselines.ipynb #cell-030
+# %% ../nbs/14_baselines.ipynb #cell-031
 class CausalBlock(nn.Module):
     "Pre-norm transformer block that sees only the past."
 
@@ -129,7 +129,7 @@ class CausalBlock(nn.Module):
         hidden = hidden + self.dropout(self.out(attended.transpose(1, 2).flatten(-2)))
         return hidden + self.dropout(self.feed_forward(self.forward_norm(hidden)))
 
-# %% ../nbs/14_baselines.ipynb #cell-032
+# %% ../nbs/14_baselines.ipynb #cell-033
 class SASRec(nn.Module):
     "Causal transformer over item ids with one table of embeddings for input and output."
 
@@ -169,7 +169,7 @@ class SASRec(nn.Module):
         temperature = self.log_temperature.exp().clamp(0.01, 1.0)
         return F.normalize(hidden, dim=-1) @ F.normalize(self.item_table(), dim=-1).T / temperature
 
-# %% ../nbs/14_baselines.ipynb #cell-035
+# %% ../nbs/14_baselines.ipynb #cell-036
 class SequenceScorer:
     "A trained sequence model as a scorer; `model` and `log` (one row an epoch) stay at hand."
 
@@ -192,7 +192,7 @@ class SequenceScorer:
         last = self.model(items[:, : counts.max()])[torch.arange(len(items)), torch.as_tensor(counts - 1)]
         return self.model.scores(last).float().cpu()
 
-# %% ../nbs/14_baselines.ipynb #cell-038
+# %% ../nbs/14_baselines.ipynb #cell-039
 def window_batches(
     train: Histories, # train events
     length: int, # inputs a window, at most
@@ -213,13 +213,13 @@ def window_batches(
 
     return batches
 
-# %% ../nbs/14_baselines.ipynb #cell-040
+# %% ../nbs/14_baselines.ipynb #cell-041
 def next_item_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     "Cross-entropy of the next item over the whole catalogue, mean over real positions."
     real = batch["targets"] >= 0
     return F.cross_entropy(model.scores(model(batch["inputs"])[real]).float(), batch["targets"][real])
 
-# %% ../nbs/14_baselines.ipynb #cell-041
+# %% ../nbs/14_baselines.ipynb #cell-042
 @dataclass
 class SASRecConfig:
     "What SASRec is made of and how its batches are cut; rates and epochs are `FitConfig`'s."
@@ -231,15 +231,15 @@ class SASRecConfig:
     batch: int = 64 # windows a step
     steps: int = 40 # an epoch has at least so many steps
 
-# %% ../nbs/14_baselines.ipynb #cell-042
+# %% ../nbs/14_baselines.ipynb #cell-043
 def sasrec(
     train: Histories, # train events
     targets: np.ndarray, # (U,) int64 valid items: early stop only
     config: SASRecConfig | None = None,
-    fit_config: FitConfig | None = None, # default: 20 epochs at 3e-3
+    fit_config: FitConfig | None = None, # default: 20 epochs at 5e-3
 ) -> SequenceScorer: # with .model and .log
     "Train SASRec with early stop on the full-catalogue MRR of valid."
-    config, fit_config = config or SASRecConfig(), fit_config or FitConfig(epochs=20, lr=3e-3, patience=5)
+    config, fit_config = config or SASRecConfig(), fit_config or FitConfig(epochs=20, lr=5e-3, patience=5)
     torch.manual_seed(fit_config.seed)
     model = SASRec(train.n_items, config.width, config.layers, config.heads, config.dropout, config.length)
     scorer = SequenceScorer(model, config.length)

@@ -12,6 +12,13 @@ import torch
 from .splits import Histories
 
 # %% ../nbs/12_metrics.ipynb #cell-006
+def _tensor(values) -> torch.Tensor:
+    "A tensor on the CPU that shares memory where it can (arrays out of a table are often read-only)."
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu()
+    return torch.from_numpy(np.require(values, requirements="W"))
+
+# %% ../nbs/12_metrics.ipynb #cell-007
 def expected_ranks(
     scores, # (B, N) float array or tensor: one row a user, higher is better
     target, # (B,) int: the column of the item to be found
@@ -19,7 +26,7 @@ def expected_ranks(
     users=None, # (B,) what to call the rows in an error message; None: their numbers
 ) -> np.ndarray: # (B,) float64 ranks from 1
     "Rank of each row's target: 1 + items that score higher + half of those that score the same."
-    scores, target = torch.as_tensor(scores), torch.as_tensor(target).view(-1, 1)
+    scores, target = _tensor(scores), _tensor(target).view(-1, 1)
     broken = torch.isnan(scores).any(1)
     if broken.any():
         rows = torch.nonzero(broken).flatten().numpy()
@@ -28,11 +35,11 @@ def expected_ranks(
     own = scores.gather(1, target)
     higher, equal = scores > own, scores == own
     if exclude is not None:
-        competes = ~torch.as_tensor(exclude)
+        competes = ~_tensor(exclude)
         higher, equal = higher & competes, equal & competes.scatter(1, target, True)
     return 1.0 + higher.sum(1).double().numpy() + (equal.sum(1).double().numpy() - 1.0) / 2
 
-# %% ../nbs/12_metrics.ipynb #cell-017
+# %% ../nbs/12_metrics.ipynb #cell-018
 def summarise(
     ranks: np.ndarray, # (U,) ranks from 1, one a user
     ks=(1, 5, 10, 20), # the cut-offs of Hit@k and NDCG@k
@@ -48,14 +55,14 @@ def summarise(
         figures[f"ndcg@{k}"] = float((hits / np.log2(1 + ranks)).mean())
     return figures
 
-# %% ../nbs/12_metrics.ipynb #cell-023
+# %% ../nbs/12_metrics.ipynb #cell-024
 def random_mrr(
     n: int, # how many items compete, the target included
 ) -> float:
     "Expected MRR of a random order of `n` items."
     return float((1 / np.arange(1, n + 1)).mean())
 
-# %% ../nbs/12_metrics.ipynb #cell-028
+# %% ../nbs/12_metrics.ipynb #cell-029
 def history_mask(
     histories: Histories, # what the users did so far
     users: np.ndarray, # (B,) int64 rows of `histories`
@@ -69,25 +76,25 @@ def history_mask(
     mask[rows, histories.items[events]] = True
     return mask
 
-# %% ../nbs/12_metrics.ipynb #cell-033
+# %% ../nbs/12_metrics.ipynb #cell-034
 def _ranks_in_batches(scorer, histories, targets, candidates, batch, full):
     "Ranks of all users, over the catalogue (`full`), within `candidates`, or both."
     found = {}
     for start in range(0, len(histories), batch):
         users = np.arange(start, min(start + batch, len(histories)))
-        scores = torch.as_tensor(scorer(histories, users)).detach().cpu()
+        scores = _tensor(scorer(histories, users))
         if tuple(scores.shape) != (len(users), histories.n_items):
             raise ValueError(f"the scorer gave {tuple(scores.shape)}, wanted {(len(users), histories.n_items)}")
         if full:
             part = expected_ranks(scores, targets[users], history_mask(histories, users), users)
             found.setdefault("full", []).append(part)
         if candidates is not None:
-            columns = torch.as_tensor(candidates[users])
+            columns = _tensor(candidates[users])
             part = expected_ranks(scores.gather(1, columns), torch.zeros(len(users), dtype=torch.long), users=users)
             found.setdefault(f"sampled{columns.shape[1]}", []).append(part)
     return {protocol: np.concatenate(parts) for protocol, parts in found.items()}
 
-# %% ../nbs/12_metrics.ipynb #cell-034
+# %% ../nbs/12_metrics.ipynb #cell-035
 def full_ranks(
     scorer: Callable, # scorer(histories, users) -> (B, N) scores, array or tensor
     histories: Histories, # what is known when the target is to be found
@@ -97,7 +104,7 @@ def full_ranks(
     "Ranks over the whole catalogue without the user's history; the target itself always competes."
     return _ranks_in_batches(scorer, histories, np.asarray(targets), None, batch, full=True)["full"]
 
-# %% ../nbs/12_metrics.ipynb #cell-035
+# %% ../nbs/12_metrics.ipynb #cell-036
 def candidate_ranks(
     scorer: Callable, # scorer(histories, users) -> (B, N) scores, array or tensor
     histories: Histories, # what is known when the target is to be found
@@ -108,7 +115,7 @@ def candidate_ranks(
     _check_candidates(candidates)
     return _ranks_in_batches(scorer, histories, None, candidates, batch, full=False)[f"sampled{candidates.shape[1]}"]
 
-# %% ../nbs/12_metrics.ipynb #cell-036
+# %% ../nbs/12_metrics.ipynb #cell-037
 def _check_candidates(candidates, targets=None):
     "Candidate lists are wrong in silence when they repeat an item or start with another one than the target."
     if targets is not None and not np.array_equal(candidates[:, 0], targets):
@@ -117,7 +124,7 @@ def _check_candidates(candidates, targets=None):
     if repeated.any():
         raise ValueError(f"an item stands twice among the candidates of user row {np.argmax(repeated)}")
 
-# %% ../nbs/12_metrics.ipynb #cell-037
+# %% ../nbs/12_metrics.ipynb #cell-038
 def ranks(
     scorer: Callable, # scorer(histories, users) -> (B, N) scores, array or tensor
     histories: Histories, # what is known when the target is to be found

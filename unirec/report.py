@@ -283,6 +283,7 @@ def check_files(
     predictions: Path,  # predictions folder
     sets: dict,  # name -> settings of each data set
     audience: str,  # "local" or "public"
+    runs: Path | None = None,  # folder with run_<stage>.json of each data set; default: results
 ) -> None:
     "Raise one FileNotFoundError that names every missing file and the stage that writes it"
     missing = []
@@ -291,8 +292,8 @@ def check_files(
         if permission(entry, audience) != "none":
             needed.append(Path(predictions) / name / "examples.json")
         missing += [f"{path} (written by the stage `evaluate`)" for path in needed if not path.is_file()]
-        if not any((Path(results) / name).glob("run_*.json")):
-            missing.append(f"{Path(results) / name / 'run_*.json'} (each stage writes its own)")
+        if not any((Path(runs or results) / name).glob("run_*.json")):
+            missing.append(f"{Path(runs or results) / name / 'run_*.json'} (each stage writes its own)")
     if missing:
         raise FileNotFoundError("the results page cannot be built, missing: " + "; ".join(missing))
 
@@ -337,6 +338,7 @@ def set_view(
     name: str,  # data set
     entry: dict,  # its settings: `redistributable`, `synthetic`; others are ignored
     audience: str,  # "local" or "public"
+    runs: Path | None = None,  # folder with run_<stage>.json of each data set; default: results
 ) -> dict:  # plain values and SVG, ready to be put into the page
     "Everything that the page says about one data set"
     folder, allowed = Path(results) / name, permission(entry, audience)
@@ -348,7 +350,7 @@ def set_view(
         users = [] if allowed == "none" else [shown_user(user, list(table["model"]), allowed == "all") for user in examples["users"]]
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{Path(predictions) / name / 'examples.json'}: not the expected form ({type(error).__name__}: {error})") from None
-    runs = [read_json(path) for path in folder.glob("run_*.json")]
+    runs = [read_json(path) for path in (Path(runs or results) / name).glob("run_*.json")]
     runs.sort(key=lambda run: (STAGES.index(run["stage"]) if run.get("stage") in STAGES else len(STAGES), str(run.get("stage"))))
     share = read_json(folder / "llm_share.json")
     return {"name": name, "synthetic": entry.get("synthetic") is True or examples.get("synthetic") is True, "allowed": allowed, "rows": cells(table), "verdict": verdict(table),
@@ -365,12 +367,13 @@ def build_page(
     sets: dict,  # data set -> its settings, in the order of the page; `redistributable` and `synthetic` are read
     budget: str,  # what was spent: quick, full, or a name of your own
     audience: str,  # "local": this machine only; "public": passed on
+    runs: Path | None = None,  # folder with run_<stage>.json of each data set; default: results
 ) -> dict:  # page, datasets, bytes, pictures, pictures_refused, rows_withheld
     "Write the results page, one file that needs neither network nor script"
     if not sets:
         raise ValueError("no data set to report on: `sets` is empty")
-    check_files(results, predictions, sets, audience)
-    views = [set_view(results, predictions, name, entry, audience) for name, entry in sets.items()]
+    check_files(results, predictions, sets, audience, runs)
+    views = [set_view(results, predictions, name, entry, audience, runs) for name, entry in sets.items()]
     refused = sum(view["refused"] for view in views)
     page = render_page(views, budget, PROTOCOLS, METRICS)
     out = Path(out) if Path(out).suffix == ".html" else Path(out) / "index.html"

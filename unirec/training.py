@@ -88,13 +88,13 @@ def _epoch(model, batches, loss_fn, optimiser, scheduler, accelerator, config, b
 
 # %% ../nbs/13_training.ipynb #cell-018
 def fit(model: nn.Module,
-        batches: Callable[[int], list],              # epoch -> list of dicts of tensors; "events" in a batch counts its supervised positions
+        batches: Callable[[int], list],              # epoch -> list of dicts of tensors; "events" counts a batch's supervised positions, "tokens" its tokens
         loss_fn: Callable[[nn.Module, dict], Tensor],
         validate: Callable[[nn.Module], dict],       # measured on valid; must have "mrr"
         config: FitConfig,
         groups: dict[str, dict] | None = None,       # rates by prefix of parameter names
         desc: str = "train",                         # what the progress bar says
-        ) -> list[dict]:                             # one row an epoch: epoch, loss, mrr, seconds, samples_per_second, peak_memory_mb, best
+        ) -> list[dict]:                             # one row an epoch: epoch, loss, mrr, seconds, samples_per_second, tokens_per_second, memory_mb, best
     "Train with early stop on valid MRR; the best epoch's weights are in the model at the end."
     torch.manual_seed(config.seed)
     accelerator = Accelerator()
@@ -112,9 +112,9 @@ def fit(model: nn.Module,
             model.eval()
             with torch.no_grad(): valid = validate(model)
             better = valid["mrr"] > best
-            samples = sum(int(b.get("events", 0)) for b in todo)
-            log.append({"epoch": epoch, "loss": loss, **valid, "seconds": seconds, "samples_per_second": samples / seconds,
-                        "peak_memory_mb": psutil.Process().memory_info().rss / 2**20, "best": False})
+            rate = {f"{what}_per_second": sum(int(b.get(key, 0)) for b in todo) / seconds for what, key in (("samples", "events"), ("tokens", "tokens"))}
+            log.append({"epoch": epoch, "loss": loss, **valid, "seconds": seconds, **rate,
+                        "memory_mb": psutil.Process().memory_info().rss / 2**20, "best": False})
             bar.set_postfix(loss=f"{loss:.3f}", valid_mrr=f"{valid['mrr']:.4f}")
             if better: best, kept, waited = valid["mrr"], _snapshot(accelerator.unwrap_model(model)), 0
             else: waited += 1
