@@ -34,3 +34,11 @@ def project_files(root: Path) -> list[Path]:
         inner[:] = [name for name in inner if name not in ignored and not name.endswith(".egg-info")]
         files += [Path(folder) / name for name in names if name not in ignored]
     return sorted(files)
+
+
+@pytest.fixture(scope="session")
+def toy_project(tmp_path_factory) -> tuple[Path, dict]:
+    "Folder and parameters of one toy run of all steps (40 products, 60 customers); read it, change nothing in it."
+    from unirec.steps import toy
+    folder = tmp_path_factory.mktemp("toy")
+    return folder, toy(folder)

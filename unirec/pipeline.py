@@ -22,9 +22,6 @@ import nbformat
 import papermill
 import yaml
 
-from .datasets import SetSpec
-from .steps import Data, load, toy
-
 # %% ../nbs/17_pipeline.ipynb #cell-006
 STAGES = {  # stage -> its notebook, and the keys of params.yaml that it depends on ({dataset} is filled in)
     "download": ("01_download", ["sets.{dataset}", "data"]),
@@ -65,23 +62,25 @@ class Run:
         return self.root.joinpath(folder, self.dataset, *parts)
 
     @property
-    def spec(self) -> SetSpec:
+    def spec(self):
         "The data set's block of parameters; where a stage depends on the schema alone, the rest is read from the prepared copy."
+        from unirec.datasets import SetSpec
         block = self.params["sets"][self.dataset]
         if "format" not in block: block = {**json.loads(self.at("prepared", "spec.json").read_text()), **block}
         return SetSpec.from_params(self.dataset, block)
 
     @cached_property
-    def data(self) -> Data:
-        "What training may see."
+    def data(self):
+        "What training may see: `unirec.steps.Data`."
+        from unirec.steps import load
         return load(self.at("prepared"), self.at("embeddings"), self.spec)
 
     def finish(self, inputs: list[Path], **figures) -> dict:  # files whose contents the run depended on; figures of the run
-        "Write `reports/<data set>/run_<stage>.json`: what ran, on what, how long, with how much memory."
+        "Write `run_<stage>.json`: what ran, on what, how long, with how much memory."
         digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in sorted(inputs)))
         run = {"stage": self.stage, "dataset": self.dataset, "params": self.params, "git_revision": revision(), "data_sha256": digest.hexdigest(),
                "seconds": round(time.time() - self.started, 1), "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, **figures}
-        path = self.at("reports", f"run_{self.stage}.json")
+        path = self.root / "reports" / ("all" if self.dataset == "all" else f"runs/{self.dataset}") / f"run_{self.stage}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(run, indent=1))
         return run
@@ -99,6 +98,7 @@ def start(stage: str, dataset: str, root: str,   # "": a toy run in a scratch fo
           params: dict) -> Run:
     "Begin a stage notebook: the run's paths and parameters; for a toy, after the steps before this one."
     if root: return Run(stage, dataset, Path(root), params)
+    from unirec.steps import toy
     scratch, order = Path(tempfile.mkdtemp(prefix="unirec-toy-")), list(STAGES)
     before = order[order.index(stage) - 1] if stage != "download" else ""
     whole = toy(scratch, before, dataset) | {"data": {"extra_root": None}, "datasets": [dataset], "budget": "toy", "report": {"audience": "local"}}
@@ -126,8 +126,8 @@ def run_stage(stage: str, dataset: str, root: Path = Path("."), log: bool = True
     params = yaml.safe_load((root / "params.yaml").read_text())
     name = STAGES[stage][0]
     out = root / "reports" / dataset / f"{name}.ipynb"
-    out.parent.mkdir(parents=True, exist_ok=True)
     injected = {"dataset": dataset, "root": str(root), "params": stage_params(params, stage, dataset)}
+    out.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(root / "nbs" / "stages" / f"{name}.ipynb"), str(out), injected, kernel_name="python3", progress_bar=False, log_output=log,
                                stdout_file=sys.stdout if log else None, stderr_file=sys.stderr if log else None)
     settle(out)

