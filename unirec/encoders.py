@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
 
 from .datasets import locate
 
@@ -59,6 +58,7 @@ class TextEncoder:
                  dtype: str = "float32",      # dtype of the forward pass: float32 or bfloat16
                  max_length: int = 256,       # tokens; longer texts are cut, and counted in `cut`
                  budget: int = 8192):         # tokens per batch
+        from transformers import AutoModel, AutoTokenizer  # takes seconds: only where it is used
         self.uri, self.dtype, self.max_length, self.budget, self.cut = uri, dtype, max_length, budget, 0
         folder = locate(uri)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -128,7 +128,7 @@ def run_stage(stage: str, dataset: str, root: Path = Path("."), log: bool = True
     out = root / "reports" / dataset / f"{name}.ipynb"
     injected = {"dataset": dataset, "root": str(root), "params": stage_params(params, stage, dataset)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(root / "nbs" / "stages" / f"{name}.ipynb"), str(out), injected, kernel_name="python3", progress_bar=False, log_output=log,
+    papermill.execute_notebook(str(root / "nbs" / "stages" / f"{name}.ipynb"), str(out), injected, kernel_name="python3", progress_bar=False,
                                stdout_file=sys.stdout if log else None, stderr_file=sys.stderr if log else None)
     settle(out)
     return out

@@ -14,11 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.models.auto import CONFIG_MAPPING, MODEL_MAPPING
 
 from .encoders import locate, sha256
 from .hierarchy import EncoderConfig, Events, ItemEncoder, UserEncoder, last_batches
@@ -49,6 +46,7 @@ def cache_folder() -> Path:
 # %% ../nbs/10_recommender.ipynb #cell-010
 def convert_llm(uri: str, layers: int, prompt: str) -> Path:
     "Dequantise a model's first layers and the words of the prompt into the cache; returns the entry's folder."
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     source = locate(uri)
     gguf = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
     weights = sha256(source) if gguf else "-".join(sha256(f)[:16] for f in sorted(source.glob("*.safetensors")))
@@ -76,6 +74,7 @@ def convert_llm(uri: str, layers: int, prompt: str) -> Path:
 # %% ../nbs/10_recommender.ipynb #cell-011
 def load_llm(config: LLMConfig) -> tuple[nn.Module, Tensor, float, str]:
     "Body without words, embeddings (C, D) of the constant text, root mean square of the words, sha256 of the weights."
+    from transformers.models.auto import CONFIG_MAPPING, MODEL_MAPPING
     entry = convert_llm(config.uri, config.layers, config.prompt)
     settings = json.loads((entry / "config.json").read_text())
     shape = CONFIG_MAPPING[settings["model_type"]](**{k: v for k, v in settings.items() if k not in ("model_type", "weights_sha256", "transformers_version")})
@@ -114,6 +113,7 @@ class PackedLLM(nn.Module):
     "A frozen language model with LoRA that reads packed soft prompts."
     def __init__(self, config: LLMConfig, encoder: EncoderConfig):
         super().__init__()
+        from peft import LoraConfig, get_peft_model
         body, prompt, rms, self.weights_sha256 = load_llm(config)
         self.register_buffer("prompt", prompt, persistent=False)
         adapters = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=LORA_MODULES)

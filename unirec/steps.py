@@ -181,7 +181,7 @@ def train(data: Data,
     use = {f"model.{k}": dict(v) for k, v in (groups or {}).items() if any(n.startswith(k) and p.requires_grad for n, p in model.named_parameters())}
     fastest = [SDPBackend.MATH] if next(model.parameters()).device.type == "cpu" else list(SDPBackend.__members__.values())
     with sdpa_kernel(fastest):                                            # short sequences: on a CPU the fused kernel's backward is slower
-        log = fit(whole, epoch_batches, lambda m, b: step_loss(m["model"], b, loss, recon), validate, fit_config, use, desc)
+        log = fit(whole, epoch_batches, lambda m, b: step_loss(m["model"], b, loss, recon), validate, fit_config, use, desc, count_start=start is not None)
     model.save(out)
     out.with_suffix(".log.json").write_text(json.dumps(log, indent=1))
     return log

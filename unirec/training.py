@@ -96,6 +96,7 @@ def fit(model: nn.Module,
         config: FitConfig,
         groups: dict[str, dict] | None = None,       # rates by prefix of parameter names
         desc: str = "train",                         # what the progress bar says
+        count_start: bool = False,                   # may the weights it starts with win? They are row 0 then
         ) -> list[dict]:                             # one row an epoch: epoch, loss, mrr, seconds, samples_per_second, tokens_per_second, memory_mb, best
     "Train with early stop on valid MRR; the best epoch's weights are in the model at the end."
     torch.manual_seed(config.seed)
@@ -106,6 +107,10 @@ def fit(model: nn.Module,
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: warmup_cosine(min(s, steps - 1), steps, config.warmup))
     model, optimiser = accelerator.prepare(model, optimiser)
     log, best, kept, waited = [], -1.0, None, 0
+    if count_start:
+        model.eval()
+        with torch.no_grad(): valid = validate(model)
+        log, best, kept = [{"epoch": 0, "loss": math.nan, **valid, "seconds": 0.0, "best": False}], valid["mrr"], _snapshot(accelerator.unwrap_model(model))
     with tqdm(total=steps, desc=desc, unit="step", disable=None, mininterval=5) as bar:
         for epoch in range(config.epochs):
             now, todo = time.perf_counter(), first if epoch == 0 else batches(epoch)
@@ -115,7 +120,7 @@ def fit(model: nn.Module,
             with torch.no_grad(): valid = validate(model)
             better = valid["mrr"] > best
             rate = {f"{what}_per_second": sum(int(b.get(key, 0)) for b in todo) / seconds for what, key in (("samples", "events"), ("tokens", "tokens"))}
-            log.append({"epoch": epoch, "loss": loss, **valid, "seconds": seconds, **rate,
+            log.append({"epoch": epoch + count_start, "loss": loss, **valid, "seconds": seconds, **rate,
                         "memory_mb": psutil.Process().memory_info().rss / 2**20, "best": False})
             tqdm.write(f"{desc}: epoch {epoch}  loss {loss:.3f}  valid MRR {valid['mrr']:.4f}  {seconds:.1f} s  {rate['samples_per_second']:.0f} positions/s", file=sys.stderr)
             if better: best, kept, waited = valid["mrr"], _snapshot(accelerator.unwrap_model(model)), 0
