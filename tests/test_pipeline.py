@@ -115,8 +115,8 @@ def tiny(params: dict) -> dict:
     params["model"] |= {"width": 32, "out": 32, "layers": 1, "heads": 2, "item_tokens": 2, "user_tokens": 2, "history": 10}
     params["llm"] |= {"layers": 2, "rank": 4}        # as the toy of the steps has it: one conversion of the weights serves both
     params["pretrain"]["fit"]["epochs"] = params["finetune"]["epochs"] = params["baselines"]["sasrec"]["fit"]["epochs"] = 1
-    params["pretrain"]["batch"] = {"size": 32, "positions": 4}
-    params["finetune"]["batch"] = {"size": 16, "positions": 2}
+    params["pretrain"]["batch"] = {"size": 32, "positions": 4, "steps": 1}
+    params["finetune"]["batch"] = {"size": 16, "positions": 2, "steps": 1}
     params["pretrain"]["loss"]["items"] = params["finetune"]["loss"]["items"] = 32
     params["baselines"]["sasrec"]["model"] |= {"width": 16, "length": 10, "batch": 16, "steps": 4}
     params["evaluate"] |= {"negatives": 99, "examples": 3}

@@ -102,6 +102,7 @@ def start(stage: str, dataset: str, root: str,   # "": a toy run in a scratch fo
     scratch, order = Path(tempfile.mkdtemp(prefix="unirec-toy-")), list(STAGES)
     before = order[order.index(stage) - 1] if stage != "download" else ""
     whole = toy(scratch, before, dataset) | {"data": {"extra_root": None}, "datasets": [dataset], "budget": "toy", "report": {"audience": "local"}}
+    if (scratch / "prepared" / dataset).exists(): (scratch / "prepared" / dataset / "spec.json").write_text(json.dumps(whole["sets"][dataset]))
     return Run(stage, dataset, scratch, stage_params(whole, stage, dataset))
 
 # %% ../nbs/17_pipeline.ipynb #cell-014
