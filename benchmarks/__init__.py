@@ -1,0 +1,1 @@
+"""Side-by-side speed comparisons, run by hand; their results are read by nbs/experiments/00_speed.ipynb."""

@@ -1,0 +1,194 @@
+"""The benchmarks' own code at tiny sizes: right order, right arithmetic, the same computation on both sides. Nothing here looks at a clock."""
+import json
+import os
+import socket
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from benchmarks import finetune, growth, qformer, side_by_side
+from unirec.hierarchy import EncoderConfig, Events, training_batches
+from unirec.recommender import LLMConfig
+from unirec.triplets import toy_catalogue
+
+TINY = {"width": 32, "layers": 2, "heads": 2, "cross_every": 2}
+SMALL = {"width": 16, "out": 16, "layers": 1, "heads": 2, "item_tokens": 2, "user_tokens": 2, "history": 8}
+
+
+# side_by_side
+
+def test_sides_run_in_turn():
+    calls = []
+    rows = side_by_side.in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, pairs=3, warmup=2)
+    assert "".join(calls) == "abab" + "ab" + "ba" + "ab"
+    assert [list(r) for r in rows] == [["a", "b"]] * 3 and all(r["a"] >= 0 for r in rows)
+
+
+def idle(): return lambda: None
+
+
+def hungry(first: int, later: int):
+    "Holds `first` MB from the start, and `later` MB more in a run."
+    held = np.ones(first << 17)
+    return lambda: np.ones(later << 17).sum() + held[0]
+
+
+def broken(): raise ValueError("broken on purpose")
+
+
+def test_memory_is_measured_in_a_process_of_its_own():
+    parent = np.ones(300 << 17)                                             # what this process holds must not count
+    nothing, much = side_by_side.memory(idle), side_by_side.memory(hungry, 100, 150)
+    assert parent[0] and nothing["memory_mb"] < 50
+    assert 240 < much["memory_mb"] < 320 and 140 < much["step_mb"] < 200
+    with pytest.raises(RuntimeError, match="broken on purpose"): side_by_side.memory(broken)
+
+
+def test_machine_facts_name_no_machine():
+    facts = json.dumps(side_by_side.machine())
+    assert socket.gethostname() not in facts and os.sep not in facts
+    assert side_by_side.machine()["threads"] == torch.get_num_threads()
+
+
+def test_table_is_written_as_rows_come(tmp_path):
+    table = side_by_side.Table("t", tmp_path, what="w")
+    table.add({"a": 1}); assert pd.read_csv(tmp_path / "t.csv").to_dict("list") == {"a": [1]}
+    table.add({"a": 2, "b": 3}, {"a": 4}); assert len(pd.read_csv(tmp_path / "t.csv")) == 3
+    assert json.loads((tmp_path / "t.json").read_text())["what"] == "w"
+    before = sorted(tmp_path.iterdir())
+    side_by_side.Table("u", None).add({"a": 1})
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_quick_run_replaces_no_result(tmp_path):
+    parse = side_by_side.arguments("").parse_args
+    assert side_by_side.folder(parse(["--quick"])) is None and side_by_side.folder(parse([])) == side_by_side.RESULTS
+    assert side_by_side.folder(parse(["--quick", "--out", str(tmp_path)])) == tmp_path
+
+
+# qformer
+
+def test_qformer_rows_and_ratios(tmp_path):
+    table = side_by_side.Table("qformer", tmp_path)
+    cases = [(3, 0.0, 0.0, True), (3, 0.3, 0.0, False), (3, 0.3, 0.1, True)]
+    summary = qformer.measure(table, TINY, cases, {3: 2})
+    rows = pd.read_csv(tmp_path / "qformer.csv")
+    assert len(rows) == len(cases) * 2 and len(summary) == len(cases)
+    theirs = rows[["eager_s", "sdpa_s"]].to_numpy()[np.arange(len(rows)), (rows.opponent == "sdpa").astype(int)]
+    assert np.allclose(rows.ratio, theirs / rows.ours_s, rtol=1e-4) and np.allclose(rows.ours_items_per_s, 3 / rows.ours_s, rtol=1e-4)
+    for _, case in rows.groupby(["missing", "dropout", "memory"]):
+        other = ({"eager", "sdpa"} - set(case.opponent)).pop()
+        assert case.opponent.nunique() == 1 and case[f"{case.opponent.iloc[0]}_s"].median() <= case[f"{other}_s"].median()
+    assert (rows.output_difference < 1e-5).all() and (rows.gradient_difference < 1e-4).all()
+
+
+def test_qformer_that_computes_something_else_is_found_out():
+    ours, theirs = qformer.ours_and_theirs(0.0, TINY)
+    queries = torch.nn.Parameter(ours.queries.detach()[None].clone())
+    inputs = qformer.data(3, 0.3, True, TINY["width"])
+    qformer.agreement(ours, theirs, queries, inputs, "eager")
+    with torch.no_grad(): ours.layers[1].down.bias[0] += 1.0
+    with pytest.raises(RuntimeError, match="not the same computation"): qformer.agreement(ours, theirs, queries, inputs, "eager")
+
+
+# finetune
+
+@pytest.fixture(scope="module")
+def windows():
+    "Packed batches of a made-up data set, and the flat events behind them."
+    h = growth.histories(6, 9, 30)
+    return training_batches(h, Events.of(h), 8, 3, 4, 0, 0)
+
+
+def test_single_positions_are_the_same_positions(windows):
+    single = finetune.single_positions(windows, 5)
+    key = lambda items, rating, target: (tuple(items.tolist()), tuple(rating[:, 0].tolist()), int(target))
+    wanted = sorted(key(b["items"][r, :p + 1], b["rating"][r, :p + 1], t) for b in windows for r in range(len(b["items"]))
+                    for p, t in zip(b["positions"][r].tolist(), b["targets"][r].tolist()) if p >= 0)
+    got = sorted(key(b["items"][r][b["present"][r]], b["rating"][r][b["present"][r]], b["targets"][r, 0]) for b in single for r in range(len(b["items"])))
+    assert got == wanted and len(got) == sum(map(finetune.supervised, windows)) == sum(map(finetune.supervised, single))
+    lengths = [b["present"].sum(1) for b in single]
+    assert all((b["positions"][:, 0] == n - 1).all() and b["items"].shape[1] == n.max() for b, n in zip(single, lengths))  # padded to the longest of the batch only
+    assert torch.cat(lengths).diff().min() >= 0                                                                             # sorted by length
+
+
+def test_prompts_hold_the_oldest_ten_of_twenty():
+    items = torch.arange(30)[None]
+    batch = {"items": items, "present": torch.ones(1, 30, dtype=torch.bool), "targets": torch.tensor([[7]])}
+    titles = [f"t{i}" for i in range(40)]
+    prompts = finetune.text_prompts([batch], titles, lambda text: [1000 + int(text[2:])] if text.startswith(" t") else [5, 6], "start", 99, 3, 2)
+    assert prompts["histories"] == [list(range(10, 20))] * 2                # events 10..29 are the last twenty
+    ids = prompts["ids"][0]
+    assert ids.shape == (finetune.LENGTH,) and ids[:2].tolist() == [5, 6] and ids[2:6].tolist() == [1010, 99, 99, 99]
+    assert int(prompts["attention"][0].sum()) == 2 + 10 * 4 and (ids[42:] == 0).all() and (ids == 99).sum() == 30
+    assert prompts["candidates"].shape == (2, 11) and (prompts["candidates"][:, 0] == 7).all()
+
+
+def test_title_vectors_are_the_titles():
+    c = toy_catalogue(6)
+    assert torch.equal(finetune.title_vectors(c), c.tables["text"][:6])
+
+
+def test_released_way_computes_what_it_says():
+    c = toy_catalogue(6)
+    net = finetune.Released(c, EncoderConfig(**SMALL), LLMConfig(layers=1, rank=2, dropout=0.0)).eval()
+    batch = finetune.text_prompts([{"items": torch.tensor([[0, 1, 2]]), "present": torch.ones(1, 3, dtype=torch.bool), "targets": torch.tensor([[3]])}], [f"t{i}" for i in range(6)],
+                                  lambda text: [len(text)], "start", net.special, 2, 2)
+    injected, plain = net.inject(batch), net.words(batch["ids"])
+    places = batch["ids"] == net.special
+    tokens = net.item(net.items(c, torch.tensor([0, 1, 2] * 2)).flatten(0, 1)).to(injected.dtype)
+    assert torch.equal(injected[places], tokens) and torch.equal(injected[~places], plain[~places]) and places.sum() == 12
+    loss = net(batch); loss.backward()
+    assert torch.isfinite(loss) and net.words.weight.grad is None
+    assert all(sum(float(p.grad.abs().sum()) for n, p in net.named_parameters() if part in n and p.grad is not None) > 0 for part in ("lora_B", "items.qformer", "item.weight", "candidate"))
+
+
+def test_training_run_takes_a_step_per_batch():
+    net = torch.nn.Linear(2, 1)
+    start, seen = net.weight.detach().clone(), []
+    run = finetune.trainer(net, lambda b: seen.append(b) or net(b["x"]).sum(), [{"x": torch.ones(1, 2)}, {"x": -torch.ones(1, 2)}], {"lr": 0.1, "weight_decay": 0.0, "clip": 1.0}, False)
+    run()
+    assert len(seen) == 2 and not torch.equal(net.weight, start)
+
+
+def test_finetune_summary_compares_with_packed():
+    rate = {"packed": 100.0, "packed_16": 200.0, "prefix": 25.0, "prefix_16": 40.0, "released": 4.0}
+    rows = [{"measure": "memory", "precision": "bf16", "side": s, "memory_mb": 1000.0 if s == "released" else 300.0, "step_mb": 1.0} for s in rate]
+    rows += [{"measure": "time", "precision": "bf16", "side": s, "positions": 10, "positions_per_s": r, "ratio": rate["packed"] / r, "ratio_16": rate["packed_16"] / r} for s, r in rate.items()] * 3
+    got = finetune.summary(pd.DataFrame(rows)).set_index("side")
+    assert got.ratio["released"] == 25 and got.ratio_16["prefix_16"] == 5 and got.memory_share["released"] == pytest.approx(0.3) and (got.pairs == 3).all()
+
+
+# growth
+
+def test_made_up_catalogue_is_a_catalogue():
+    c = growth.catalogue(20, 5)
+    texts, numbers = len(c.tables["text"]), len(c.tables["number"])
+    assert len(c) == 20 and c.value.shape == (20, 6) and c.mask[:, 0].all() and not c.mask[:, 1:5].all()
+    assert (c.value[:, :3] < texts).all() and (c.value[:, 3:5] >= texts).all() and (c.value[:, 3:5] < texts + numbers).all()
+    assert torch.equal(c.value[:, 5], texts + numbers + torch.arange(20))
+    h = growth.histories(3, 7, 20)
+    assert h.lengths.tolist() == [7] * 3 and h.items.max() < 20
+
+
+def test_operations_are_counted():
+    x, w = torch.randn(3, 5), torch.randn(5, 7, requires_grad=True)
+    assert growth.operations(lambda: (x @ w).sum().backward()) == 2 * (2 * 3 * 5 * 7)  # the product, and the gradient of w
+
+
+def test_cases_change_one_setting():
+    for axis, value, case in growth.cases(growth.AXES):
+        assert case[axis] == value and {k for k in case if case[k] != growth.DEFAULTS[k]} <= {axis, "softmax"}
+
+
+def test_growth_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "memory", lambda build, *arguments, runs: {"memory_mb": 1.0, "step_mb": 1.0})
+    model = {k: v for k, v in SMALL.items()}
+    axes = {"history": (3, 6), "attributes": (2,), "item_tokens": (1, 2), "user_tokens": (1,), "candidates": (40,)}
+    monkeypatch.setattr(growth, "DEFAULTS", growth.DEFAULTS | {"history": 6, "attributes": 3, "candidates": 50})
+    rows = growth.measure(side_by_side.Table("growth", tmp_path), model, 3, 2, 8, axes, 2)
+    by = rows.set_index(["axis", "value", "softmax"]).operations
+    assert len(rows) == 8 and (rows.seconds > 0).all() and (rows.repeats == 2).all()
+    assert by["history", 6, "exact"] > by["history", 3, "exact"] and by["item_tokens", 2, "exact"] > by["item_tokens", 1, "exact"]
