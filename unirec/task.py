@@ -144,7 +144,7 @@ class Objective(nn.Module):
 # %% ../nbs/14_task.ipynb #cell-023
 def code_hash() -> str:
     "sha256 over the package's modules that training depends on."
-    names = ("triplets", "qformer", "fusion", "hierarchy", "objectives", "recommender", "metrics", "training", "task", "splits", "store")
+    names = ("encoders", "triplets", "qformer", "fusion", "hierarchy", "objectives", "recommender", "metrics", "training", "task", "splits", "store")
     folder = Path(os.path.realpath(__import__("unirec").__file__)).parent
     return hashlib.sha256(b"".join((folder / f"{n}.py").read_bytes() for n in names)).hexdigest()
 
