@@ -1,9 +1,9 @@
-# make repro | test | lab | readme | clean-env | help
+# make repro | test | experiments | benchmarks | lab | readme | clean-env | help
 # Every job first sets up what it needs (see .ci/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env repro test lab readme clean-env
+.PHONY: help env repro test experiments benchmarks lab readme clean-env
 
 PYTHON ?=
 export PYTHON
@@ -30,6 +30,12 @@ repro:  ## raw data to reports/index.html, whatever is not up to date
 
 test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)
+
+experiments:  ## run what the files in experiments/ have not run yet (hours; resumes)
+	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); for file in experiments/*.yaml; do python -m unirec.experiments $$file; done
+
+benchmarks:  ## measure speed side by side (half an hour, on a quiet machine)
+	@$(SETUP); dvc repro embed@movielens; for name in qformer finetune growth; do python benchmarks/$$name.py; done
 
 lab:  ## open JupyterLab on the notebooks
 	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs $$root $(ARGS)

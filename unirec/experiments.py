@@ -100,26 +100,26 @@ def run_one(data: Data, prepared: Path, params: Mapping, model: str, cache: Path
     return own | figures, found
 
 # %% ../nbs/18_experiments.ipynb #cell-013
-def run_experiment(path: Path, root: Path = Path("."), only: str | None = None,  # only: one of its data sets
-                   ) -> pd.DataFrame:                                           # one row a run
+def run_experiment(path: Path, root: Path = Path("."), only: str | None = None,  # one of its data sets
+                   seed: int | None = None) -> pd.DataFrame:                    # one of its seeds; one row a run
     "Run what is not done; writes `experiments/results/<name>.csv` after every run."
     experiment, params = Experiment.read(path), yaml.safe_load((root / "params.yaml").read_text())
     out, cache, code = root / "experiments" / "results" / f"{experiment.name}.csv", root / "experiments" / "cache", code_hash()
-    runs = [r for r in experiment.runs(params) if only in (None, r[0])]
+    runs = [r for r in experiment.runs(params) if only in (None, r[0]) and seed in (None, r[2])]
     loaded = {}
     for dataset in dict.fromkeys(r[0] for r in runs):
         if not (root / "embeddings" / dataset).exists(): raise FileNotFoundError(f"{root / 'embeddings' / dataset} is not there: run `dvc repro embed@{dataset}` first")
         spec = SetSpec.from_params(dataset, params["sets"][dataset])
         data = load(root / "prepared" / dataset, root / "embeddings" / dataset, spec)
         loaded[dataset] = data, digest(data_hash(data), (root / "prepared" / dataset / "spec.json").read_text(), hashlib.sha256((root / "prepared" / dataset / "test.parquet").read_bytes()).hexdigest())
-    for dataset, variant, seed, own in tqdm(runs, desc=experiment.name, unit="run", disable=None):
+    for dataset, variant, drawn, own in tqdm(runs, desc=experiment.name, unit="run", disable=None):
         data, content = loaded[dataset]
         name = run_name(content, code, experiment.model, own)
         if name in done(out): continue
         row, found = run_one(data, root / "prepared" / dataset, own, experiment.model, cache / dataset, code, content)
         np.savez(cache / dataset / f"ranks-{name}.npz", **found)
         out.parent.mkdir(parents=True, exist_ok=True)
-        table = pd.DataFrame([{"run": name, "dataset": dataset, "variant": variant, "seed": seed, **{k: v for k, v in row.items() if k != "key"}, "code": code[:16], "data": content}])
+        table = pd.DataFrame([{"run": name, "dataset": dataset, "variant": variant, "seed": drawn, **{k: v for k, v in row.items() if k != "key"}, "code": code[:16], "data": content}])
         table.to_csv(out, mode="a", header=not out.exists(), index=False, float_format="%.6f")
     return pd.read_csv(out)
 
@@ -174,10 +174,11 @@ def main(argv: list[str] | None = None) -> None:
     "`python -m unirec.experiments experiments/<name>.yaml`"
     parser = argparse.ArgumentParser(prog="python -m unirec.experiments", description="Run what an experiment has not run yet, and summarise it.")
     parser.add_argument("experiment", type=Path, help="a file in experiments/")
-    parser.add_argument("--only", help="one of its data sets: runs, but no summary")
+    parser.add_argument("--only", help="one of its data sets")
+    parser.add_argument("--seed", type=int, help="one of its seeds; with parts, several processes can share the work, and there is no summary until it is called without")
     args = parser.parse_args(argv)
-    run_experiment(args.experiment, only=args.only)
-    if not args.only: print(compare(args.experiment).round(4).to_string())
+    run_experiment(args.experiment, only=args.only, seed=args.seed)
+    if args.only is None and args.seed is None: print(compare(args.experiment).round(4).to_string())
 
 # %% ../nbs/18_experiments.ipynb #cell-021
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

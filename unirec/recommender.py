@@ -253,8 +253,8 @@ class UniRec(nn.Module):
         return score
 
     def trainable_state(self) -> dict[str, Tensor]:
-        "What a checkpoint holds: everything but the frozen LLM."
-        frozen = {n for n, p in self.named_parameters() if not p.requires_grad}
+        "What a checkpoint holds: everything but the LLM's own weights, whatever is trained."
+        frozen = {n for n, p in self.named_parameters() if n.startswith("llm.body.") and not p.requires_grad}
         return {k: v.contiguous() for k, v in self.state_dict().items() if k not in frozen}
 
     def save(self, path: Path) -> None:
