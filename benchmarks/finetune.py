@@ -30,10 +30,10 @@ transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 LABELS = {"packed": "ours: the drawn positions of a window in one packed sequence", "prefix": "the same positions, one prompt per prefix at its real length",
-          "packed_16": "ours with 16 positions a window", "prefix_16": "the same positions, one prompt per prefix at its real length",
+          "packed_16": "ours with 16 positions a window, fewer windows, as many positions a step", "prefix_16": "the same positions, one prompt per prefix at its real length",
           "released": "the released way, written out plainly"}
 LENGTH, HISTORY, KEPT, NEGATIVES, RELEASED_BATCH = 512, 20, 10, 10, 16  # tokens of a prompt, events asked for, events that reach the prompt, negatives, prompts a step: the released code's
-STEPS = 3                                                              # batches of ours that one measurement runs; `prefix` runs the same positions
+STEPS = 2                                                              # batches of ours that one measurement runs; `prefix` runs the same positions
 
 
 def settings() -> dict:
@@ -195,14 +195,15 @@ def build(side: str, bf16: bool, layers: int, params: dict, data: Data | None = 
     encoder, llm = configs(params, layers)
     p = params["finetune"]
     per_window = 16 if side.endswith("_16") else p["batch"]["positions"]
-    batches = packed_batches(data, encoder, p["batch"]["size"], per_window)
+    size = max(1, p["batch"]["size"] * p["batch"]["positions"] // per_window)   # windows a step: as many positions on every side
+    batches = packed_batches(data, encoder, size, per_window)
     if side == "released":
         net, words_of = Released(data.catalogue, encoder, llm), tokenizer(llm.uri)
         batches = [text_prompts(single_positions(batches, 64), data.items.title.fillna("").tolist(), lambda t: words_of(t, add_special_tokens=False)["input_ids"], llm.prompt, net.special,
                                 encoder.item_tokens, RELEASED_BATCH)]
         return trainer(net, net, batches, p["fit"], bf16), RELEASED_BATCH
     net, loss = UniRec(data.catalogue, encoder, llm), LossConfig(full_catalogue=p["loss"]["full_catalogue"], negatives=p["loss"]["negatives"])
-    if side.startswith("prefix"): batches = single_positions(batches, p["batch"]["size"] * per_window)
+    if side.startswith("prefix"): batches = single_positions(batches, size * per_window)
     return trainer(net, lambda b: step_loss(net, b, loss)["loss"], batches, p["fit"], bf16, [SDPBackend.MATH]), sum(map(supervised, batches))
 
 

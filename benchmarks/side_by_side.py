@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results" / "benchmarks"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def in_turn(sides: Mapping[str, Callable[[], object]],  # name -> one run of that side
@@ -109,7 +109,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes and few pairs, to see that it runs; written only where --out says")
     parser.add_argument("--pairs", type=int, default=None, help="measurements of each side")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the csv and the json, default results/benchmarks")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the csv and the json, default benchmarks/results")
     return parser
 
 

@@ -81,12 +81,12 @@ def run_one(data: Data, prepared: Path, params: Mapping, model: str, cache: Path
     "Figures of one run, and its ranks per protocol; stage 1 is taken from the cache where it is there."
     first = cache / f"stage1-{digest(content, code, model, {k: params[k] for k in ('model', 'pretrain', 'seed')})}"
     second = cache / f"run-{digest(first.name, {k: params[k] for k in ('llm', 'finetune')})}"
-    times = {}
+    times, alone = {first: 0.0}, params["finetune"]["mode"] == "end_to_end"          # which has no stage 1
     for folder, step in ((first, lambda: pretrain(data, params, first, first / "states", (model,))), (second, lambda: finetune(data, params, first, second, second / "states", (model,)))):
+        if folder is first and alone: continue
         if not (folder / "seconds.json").exists():
             start = time.perf_counter()
-            if folder is second or params["finetune"]["mode"] != "end_to_end": step()
-            folder.mkdir(parents=True, exist_ok=True)
+            step()
             (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
         times[folder] = json.loads((folder / "seconds.json").read_text())
     log = json.loads((second / f"{model}.log.json").read_text())
@@ -146,7 +146,7 @@ def paired(ours: np.ndarray,      # (seeds, users) reciprocal ranks
 
 # %% ../nbs/18_experiments.ipynb #cell-019
 def compare(path: Path, root: Path = Path(".")) -> pd.DataFrame:  # one row per data set and variant
-    "Summary of an experiment's runs with the present parameters, data and code; writes `<name>.summary.csv`. Raises ValueError where runs are missing."
+    "Summary of an experiment's runs with the present parameters, data and code, over the seeds that all variants have; writes `<name>.summary.csv`. Raises ValueError where there is none."
     experiment, params = Experiment.read(path), yaml.safe_load((root / "params.yaml").read_text())
     folder, cache = root / "experiments" / "results", root / "experiments" / "cache"
     table, code = pd.read_csv(folder / f"{experiment.name}.csv"), code_hash()
@@ -157,8 +157,10 @@ def compare(path: Path, root: Path = Path(".")) -> pd.DataFrame:  # one row per 
     rows = []
     for dataset in experiment.datasets:
         mine = table[table.dataset == dataset].sort_values("seed")
-        lacking = [f"{v} seed {s}" for v in experiment.variants for s in experiment.seeds if not ((mine.variant == v) & (mine.seed == s)).any()]
-        if lacking: raise ValueError(f"{dataset}: {len(lacking)} runs are missing, the first is {lacking[0]}: `python -m unirec.experiments {path}` goes on")
+        lacking = {s: [v for v in experiment.variants if not ((mine.variant == v) & (mine.seed == s)).any()] for s in experiment.seeds}
+        whole = [s for s, v in lacking.items() if not v]
+        if not whole: raise ValueError(f"{dataset}: no seed has all variants, seed {experiment.seeds[0]} lacks {', '.join(lacking[experiment.seeds[0]])}: `python -m unirec.experiments {path}` goes on")
+        mine = mine[mine.seed.isin(whole)]                                             # `seeds` in the summary says how many
         base = reciprocal(mine[mine.variant == experiment.reference])
         for variant in experiment.variants:
             part = mine[mine.variant == variant]
