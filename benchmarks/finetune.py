@@ -21,7 +21,8 @@ from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, mem
 from unirec.datasets import SetSpec
 from unirec.encoders import keep_memory, locate
 from unirec.hierarchy import EncoderConfig, Events, ItemEncoder, training_batches
-from unirec.recommender import LORA_MODULES, LLMConfig, UniRec, cache_folder, load_llm
+from unirec.llm import LORA_MODULES, LLMConfig, cache_folder, load_llm
+from unirec.recommender import UniRec
 from unirec.steps import Data, load
 from unirec.store import Catalogue
 from unirec.task import LossConfig, step_loss

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from unirec.llm import cache_folder
 from unirec.pipeline import STAGES, main, run_stage, settle, stage_params
-from unirec.recommender import cache_folder
 
 MODELS = {"unirec", "unirec_id", "popularity", "markov", "itemknn", "mean_vectors", "sasrec"}
 DATASET = "sample"

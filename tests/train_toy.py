@@ -17,7 +17,7 @@ import torch._dynamo  # noqa: F401  the optimiser imports it
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unirec import training  # noqa: E402
+from unirec import resume, training  # noqa: E402
 from unirec.hierarchy import EncoderConfig, Events, Reconstruction, training_batches
 from unirec.metrics import full_ranks, summarise
 from unirec.objectives import info_nce
@@ -96,7 +96,7 @@ def train(out: str,              # weights (of this process) and log go here
             die()
         os.rename(source, target)
 
-    if kill_write: training.os.replace = replace
+    if kill_write: resume.os.replace = replace
     whole = build(dropout)
     validate = lambda m: summarise(full_ranks(m["model"].scorer(), h, targets))
     log = training.fit(whole, batches, counted, validate, training.FitConfig(**CONFIG | config), desc="toy", count_start=count_start, state=Path(state) if state else None, key=key)

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+
+from .memory import peak_memory_mb
 
 # %% ../nbs/17_pipeline.ipynb #cell-006
 RANK = int(os.environ.get("RANK", 0))  # which of several processes this is; the first one writes
@@ -81,7 +82,7 @@ class Run:
         "Write `run_<stage>.json`: what ran, on what, how long, with how much memory."
         digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in sorted(inputs)))
         run = {"stage": self.stage, "dataset": self.dataset, "params": self.params, "git_revision": revision(), "data_sha256": digest.hexdigest(),
-               "seconds": round(time.time() - self.started, 1), "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, **figures}
+               "seconds": round(time.time() - self.started, 1), "peak_memory_mb": int(peak_memory_mb()), **figures}
         path = self.root / "reports" / ("all" if self.dataset == "all" else f"runs/{self.dataset}") / f"run_{self.stage}.json"
         if RANK == 0:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,7 @@ class Objective(nn.Module):
 # %% ../nbs/14_task.ipynb #cell-023
 def code_hash() -> str:
     "sha256 over the package's modules that training depends on."
-    names = ("encoders", "triplets", "qformer", "fusion", "hierarchy", "objectives", "recommender", "metrics", "training", "task", "splits", "store")
+    names = ("encoders", "triplets", "qformer", "fusion", "hierarchy", "objectives", "llm", "recommender", "metrics", "resume", "training", "task", "splits", "store")
     folder = Path(os.path.realpath(__import__("unirec").__file__)).parent
     return hashlib.sha256(b"".join((folder / f"{n}.py").read_bytes() for n in names)).hexdigest()
 
@@ -182,10 +182,8 @@ def train(data,                         # `unirec.steps.Data`: has no way to the
     share = torch.bincount(seen, minlength=n).float() / len(seen) if loss.softmax == "in_batch" else None
     near = near_duplicates(torch.as_tensor(item_vectors(data.catalogue)), loss.duplicates) if loss.duplicates else None
     whole = Objective(model, loss, Reconstruction(data.catalogue, encoder) if loss.recon else None, share, near, frozen)
-    events, said = Events.of(data.train), (len(model.llm.prompt), len(model.llm.ending)) if model.llm is not None else (0, 0)
-    user_tokens, each = encoder.user_tokens if encoder.user_level != "none" else 0, model.llm.each if model.llm is not None else 1
-    tokens = lambda b: b["present"].sum() * each + b["events"] * (user_tokens + said[1]) + said[0] * len(b["present"])   # of the packed prompts; without LLM: events and user tokens
-    epoch_batches = lambda e: [b | {"tokens": tokens(b)} for b in training_batches(data.train, events, encoder.history, batches["positions"], batches["size"], fit_config.seed, e, batches["steps"])]
+    events = Events.of(data.train)
+    epoch_batches = lambda e: [b | {"tokens": model.count_tokens(b)} for b in training_batches(data.train, events, encoder.history, batches["positions"], batches["size"], fit_config.seed, e, batches["steps"])]
     validate = lambda m: summarise(full_ranks(m.model.scorer(), data.train, data.valid_targets))
     use = {f"model.{k}": dict(v) for k, v in (groups or {}).items() if any(name.startswith(k) and p.requires_grad for name, p in model.named_parameters())}
     settings = [asdict(x) if x else None for x in (encoder, fit_config, loss, llm)] + [dict(batches), use, frozen, str(start and hashlib.sha256(start.read_bytes()).hexdigest())]
