@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from .metrics import full_ranks
 from .recommender import UniRec
+from .significance import paired_error
 from .splits import Histories
 from .store import TABLES, Catalogue
 from .triplets import FORMS, distinct_types
@@ -159,17 +160,11 @@ def modality_shares(model: UniRec,
             kept = has & known[:, 0]
             row = {"modality": name, "items": int(has.sum()), "lost": int((has & ~kept).sum()), "slots": float(gone.sum() / mask.sum()),
                    "moved": float(moved(before, model.items.embed(model.items(model.catalogue)))[kept].mean())}
-            out.append(row if targets is None else row | _paired(whole, reciprocal()))
+            out.append(row if targets is None else row | paired_error(whole, reciprocal()))
     out = pd.DataFrame(out)
     out.insert(5, "share", out.moved / out.moved.sum())
     out.insert(6, "dominates", out.share > limit)
     return out
-
-# %% ../nbs/13_diagnostics.ipynb #cell-039
-def _paired(whole: np.ndarray, without: np.ndarray) -> dict[str, float]:  # (U,) reciprocal ranks each
-    "MRR of both, their difference, and its standard error over users."
-    d = whole - without
-    return {"mrr": whole.mean(), "mrr_without": without.mean(), "difference": d.mean(), "difference_se": d.std(ddof=1) / len(d) ** 0.5}
 
 # %% ../nbs/13_diagnostics.ipynb #cell-047
 def instability(log: list[dict],         # rows of the training log; a row 0 without a loss (weights before fine-tuning) counts for its MRR only

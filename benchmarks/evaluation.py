@@ -1,0 +1,154 @@
+"""The evaluation: exact ranks over the whole catalogue for all users in batches, against one user at a time; its peak memory; and the share of a real evaluation that ranking takes."""
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.growth import catalogue, histories
+from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
+from unirec.datasets import SetSpec
+from unirec.hierarchy import EncoderConfig
+from unirec.metrics import expected_ranks, full_ranks, ranks
+from unirec.recommender import LLMConfig, UniRec
+from unirec.splits import Histories
+from unirec.steps import load
+
+SIZE = {"users": 20_000, "items": 20_000, "width": 64, "history": 50, "candidates": 100}
+SLOW = 500  # users of the loop over the whole catalogue: its rate does not depend on their number
+WITH_LLM = 128  # users of an evaluation with the language model: nor does the share
+
+
+def data(users: int, items: int, width: int, history: int, candidates: int, seed: int = 0) -> dict:
+    "Made up: query and item vectors, histories, a target and a list of candidates for each user."
+    g, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    drawn = np.stack([rng.choice(items, candidates, replace=False) for _ in range(users)])   # column 0 is the target
+    return {"queries": torch.randn(users, width, generator=g), "vectors": torch.randn(items, width, generator=g), "histories": histories(users, history, items, seed), "candidates": drawn, "targets": drawn[:, 0].copy()}
+
+
+def scorer(d: dict) -> Callable:
+    "The scores of a batch of users: one matrix product."
+    return lambda h, users: d["queries"][users] @ d["vectors"].T
+
+
+@torch.no_grad()
+def one_at_a_time(queries: torch.Tensor, vectors: torch.Tensor, candidates: torch.Tensor) -> list[int]:
+    "The released way: a Python loop over users, each with the vectors of its candidates; sort, and look where the first one went."
+    found = []
+    for u in range(len(queries)):
+        scores = vectors[candidates[u]] @ queries[u]
+        order = torch.argsort(scores, descending=True)
+        found.append((order == 0).nonzero().item() + 1)
+    return found
+
+
+@torch.no_grad()
+def one_at_a_time_full(queries: torch.Tensor, vectors: torch.Tensor, h: Histories, targets: torch.Tensor) -> list[int]:
+    "The same loop over the whole catalogue without the history: what we compute, the released way."
+    found, had = [], torch.as_tensor(h.items)
+    for u in range(len(queries)):
+        scores = vectors @ queries[u]
+        own = scores[targets[u]].clone()
+        scores[had[h.offsets[u]:h.offsets[u + 1]]] = -torch.inf
+        scores[targets[u]] = own
+        order = torch.argsort(scores, descending=True)
+        found.append((order == targets[u]).nonzero().item() + 1)
+    return found
+
+
+def lists_in_batches(queries: torch.Tensor, vectors: torch.Tensor, candidates: torch.Tensor, batch: int = 256) -> np.ndarray:
+    "The loop's question, lists of candidates and nothing else, for a batch of users at a time."
+    parts = zip(queries.split(batch), candidates.split(batch))
+    return np.concatenate([expected_ranks(torch.bmm(vectors[c], q[:, :, None])[..., 0], np.zeros(len(q), np.int64)) for q, c in parts])
+
+
+def sides(d: dict, slow: int) -> dict[str, Callable]:
+    "What is timed: name -> one run."
+    first, h, candidates, targets = d["queries"][:slow], d["histories"], torch.as_tensor(d["candidates"]), torch.as_tensor(d["targets"])
+    return {"full": lambda: full_ranks(scorer(d), h, d["targets"]), "full_and_sampled": lambda: ranks(scorer(d), h, d["targets"], d["candidates"]),
+            "sampled": lambda: lists_in_batches(d["queries"], d["vectors"], candidates), "loop_sampled": lambda: one_at_a_time(d["queries"], d["vectors"], candidates), "loop_full": lambda: one_at_a_time_full(first, d["vectors"], h, targets)}
+
+
+def agreement(d: dict, slow: int) -> dict[str, float]:
+    "Share of users with the same rank on both sides; a matrix product and a single one differ in the last bit, so two scores may change places."
+    run, first, protocol = sides(d, slow), slice(slow), f"sampled{d['candidates'].shape[1]}"
+    ours = run["full_and_sampled"]()
+    same = {"sampled": float((ours[protocol] == run["loop_sampled"]()).mean()), "full": float((ours["full"][first] == run["loop_full"]()).mean())}
+    same["sampled"] = min(same["sampled"], float((run["sampled"]() == run["loop_sampled"]()).mean()))
+    if min(same.values()) < 0.95: raise RuntimeError(f"not the same computation: the shares of equal ranks are {same}")
+    return same
+
+
+def build(size: dict) -> Callable[[], object]:
+    "Data and one run of all exact ranks, for the child that measures memory."
+    d = data(**size)
+    return lambda: full_ranks(scorer(d), d["histories"], d["targets"])
+
+
+def some(h: Histories, users: int) -> Histories:
+    "The first users."
+    events = int(h.offsets[:users + 1][-1])
+    return Histories(h.offsets[:users + 1], *(x[:events] for x in (h.items, h.times, h.ratings, h.reviews)), n_items=h.n_items)
+
+
+def share(net: UniRec, h: Histories, targets: np.ndarray, with_llm: bool) -> dict[str, float]:
+    "Seconds of an evaluation in the scorer and outside of it."
+    inner, spent = net.scorer(with_llm=with_llm), []
+    def timed(histories, users):
+        start = time.perf_counter(); out = inner(histories, users); spent.append(time.perf_counter() - start)
+        return out
+    start = time.perf_counter()
+    full_ranks(timed, h, targets)
+    total = time.perf_counter() - start
+    return {"users": len(h), "items": h.n_items, "seconds": total, "scorer_seconds": sum(spent), "share": 1 - sum(spent) / total}
+
+
+def models(params: dict, quick: bool):
+    "(name, model, histories, targets) of real evaluations; weights are fresh, time does not depend on them."
+    encoder, llm = EncoderConfig(**params["model"]), LLMConfig(**params["llm"])
+    at, n_users, n_items = ("prepared", "embeddings"), *((64, 500) if quick else (1_024, SIZE["items"]))
+    if all((ROOT / a / "movielens").exists() for a in at):
+        d = load(*(ROOT / a / "movielens" for a in at), SetSpec.from_params("movielens", params["sets"]["movielens"]))
+        yield "movielens", UniRec(d.catalogue, encoder, llm), d.train, d.valid_targets
+    else: say("prepared/movielens or embeddings/movielens is missing: `dvc repro embed@movielens` makes them; measured without")
+    c = catalogue(n_items, 14)
+    yield "made-up vectors", UniRec(c, encoder, llm), histories(n_users, 50, n_items), np.random.default_rng(1).integers(n_items, size=n_users)
+
+
+def measure(table: Table, size: dict, slow: int, pairs: int, real, repeats: int) -> pd.DataFrame:
+    "Rows of speed, memory and share."
+    d = data(**size)
+    same = agreement(d, slow)
+    for pair, seconds in enumerate(in_turn(sides(d, slow), pairs)):
+        for side, s in seconds.items():
+            users, ranked = slow if side == "loop_full" else size["users"], size["candidates"] if side in ("sampled", "loop_sampled") else size["items"]
+            table.add({"measure": "time", "side": side, "pair": pair, "users": users, "items": ranked, "seconds": s, "users_per_s": users / s, "scores_per_s": users * ranked / s, "same_sampled": same["sampled"], "same_full": same["full"]})
+    table.add({"measure": "memory", "side": "full", "users": size["users"], "items": size["items"], **memory(build, size, runs=1)})
+    for name, net, h, targets in real:
+        for with_llm in (True, False):
+            for repeat in range(1 if with_llm else repeats):
+                table.add({"measure": "share", "side": f"{name}, {'with' if with_llm else 'without'} LLM", "pair": repeat, **(share(net, some(h, WITH_LLM), targets[:WITH_LLM], True) if with_llm else share(net, h, targets, False))})
+    return pd.DataFrame(table.rows)
+
+
+def main() -> None:
+    "Command line."
+    args = arguments(__doc__).parse_args()
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    size, slow = (SIZE | {"users": 500, "items": 1_000}, 50) if args.quick else (SIZE, SLOW)
+    table = Table("evaluation", folder(args), quick=args.quick, size=size, model=params["model"], llm=params["llm"], data="made up: random vectors and histories; share: real MovieLens-100k histories and triplets, and made-up ones",
+                  what="full: exact ranks over the whole catalogue in batches; full_and_sampled: those and the lists of 100; sampled: the lists of 100 alone, in batches; loop_sampled: one user at a time over 100 candidates; loop_full: one user at a time over the "
+                  "whole catalogue; scores by a product of query and item vectors; share: of an evaluation's time that is spent outside the model's scorer; memory in a fresh process, above the imports")
+    rows = measure(table, size, slow, args.pairs or (2 if args.quick else 7), models(params, args.quick), 1 if args.quick else 3)
+    rate = rows[rows.measure == "time"].pivot(index="pair", columns="side", values="users_per_s")
+    for side in rate: say(f"{side:18s} {spread(rate[side])} users/s; {spread(rate[side] / rate.loop_sampled)} times the loop over 100 candidates")
+    say(rows[rows.measure == "memory"][["memory_mb", "step_mb"]].to_string(index=False))
+    say(rows[rows.measure == "share"][["side", "users", "items", "seconds", "share"]].to_string(index=False))
+
+
+if __name__ == "__main__": main()
