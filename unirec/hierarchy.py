@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .encoders import time_features
-from .fusion import FUSIONS, make_fusion
+from .fusion import FUSIONS, make_fusion, masked_mean
 from .qformer import QFormer, QFormerConfig
 from .splits import Histories, windows
 from .store import TABLES, Catalogue
@@ -48,6 +48,9 @@ class EncoderConfig:
     fusion: str = "qformer"   # how attributes become item tokens: qformer, mean, mlp, clip, self_attention
     user_level: str = "qformer"  # how events become user tokens: qformer, flat (reads all attributes of all items), none (a mean of the events; no user tokens)
     user_layers: int = 0      # layers of the user level; 0: as `layers`
+    residual: bool = True     # is the mean of an item's triplets added to its tokens? False: BLIP-2's plain form
+    recent: bool = True       # is the mean of the recent items' candidate embeddings added to the pooled query? False: the user tokens alone
+    condition: bool = True    # do the user level's queries start from the last event? False: from learned vectors alone
     temperature: float = 0.07  # of the contrast, at the start
     learn_temperature: bool = True
 
@@ -70,14 +73,16 @@ class ItemEncoder(nn.Module):
     "Attributes of items -> item tokens (n, K_item, width) and candidate embeddings (n, out)."
     def __init__(self, catalogue: Catalogue, config: EncoderConfig):
         super().__init__()
-        self.triplets = TripletEncoder(catalogue, config.triplets)
+        self.residual, self.triplets = config.residual, TripletEncoder(catalogue, config.triplets)
         self.qformer = make_fusion(config.fusion, config.level(config.item_tokens))
         self.head = nn.Linear(config.item_tokens * config.width, config.out, bias=False)    # centred next: a bias would be taken off again
         self.centre = nn.BatchNorm1d(config.out, affine=False)
 
     def forward(self, c: Catalogue, items: Tensor | None = None) -> Tensor:
         "Item tokens (n, K_item, width) of the given items, or of all."
-        return self.qformer(*self.triplets(c, items))
+        h, mask = self.triplets(c, items)
+        tokens = self.qformer(h, mask)
+        return tokens + masked_mean(h, mask)[:, None] if self.residual else tokens
 
     def embed(self, tokens: Tensor) -> Tensor:  # (n, K_item, width) -> (n, out)
         "Candidate embeddings of length 1."
@@ -90,7 +95,7 @@ class ItemEncoder(nn.Module):
         QFormer.forward(self.qformer, *self.triplets(c, items), maps=maps)
         return torch.stack(maps).mean((0, 2))
 
-# %% ../nbs/09_hierarchy.ipynb #cell-012
+# %% ../nbs/09_hierarchy.ipynb #cell-014
 class Reconstruction(nn.Module):
     "Item tokens and an attribute's name and type -> the attribute's value vector."
     def __init__(self, catalogue: Catalogue, config: EncoderConfig):
@@ -115,7 +120,7 @@ class Reconstruction(nn.Module):
             start += len(c.tables[n])
         return loss / max(1, int(count))
 
-# %% ../nbs/09_hierarchy.ipynb #cell-015
+# %% ../nbs/09_hierarchy.ipynb #cell-017
 @dataclass
 class Events:
     "Flat tensors of all events of a `Histories`."
@@ -141,7 +146,7 @@ class Events:
                "events": torch.tensor(int((positions >= 0).sum()))}
         return out if targets is None else out | {"targets": targets}
 
-# %% ../nbs/09_hierarchy.ipynb #cell-017
+# %% ../nbs/09_hierarchy.ipynb #cell-019
 def training_batches(h: Histories, events: Events, history: int,  # events a window
                      positions: int,   # supervised positions drawn per window
                      size: int,        # windows per batch
@@ -155,7 +160,7 @@ def training_batches(h: Histories, events: Events, history: int,  # events a win
         turn += 1
     return out
 
-# %% ../nbs/09_hierarchy.ipynb #cell-018
+# %% ../nbs/09_hierarchy.ipynb #cell-020
 def one_pass(h: Histories, events: Events, history: int, positions: int, size: int, rng: np.random.Generator) -> list[dict[str, Tensor]]:
     "Every window once: cut, ordered by length, positions drawn, batches shuffled."
     w, user = torch.as_tensor(windows(h, history, rng)), torch.as_tensor(h.users)
@@ -172,7 +177,7 @@ def one_pass(h: Histories, events: Events, history: int, positions: int, size: i
         out.append(events.batch(part[:, :-1], at, target) | {"ids": user[part[:, 0]]})
     return [out[i] for i in rng.permutation(len(out))]
 
-# %% ../nbs/09_hierarchy.ipynb #cell-019
+# %% ../nbs/09_hierarchy.ipynb #cell-021
 def last_batches(h: Histories, events: Events, history: int, users: np.ndarray, size: int = 256) -> list[dict[str, Tensor]]:
     "The most recent events of users, one position each: the last. In the order of `users`."
     out = []
@@ -183,12 +188,15 @@ def last_batches(h: Histories, events: Events, history: int, users: np.ndarray, 
         out.append(events.batch(index, (n - 1)[:, None]))
     return out
 
-# %% ../nbs/09_hierarchy.ipynb #cell-023
+# %% ../nbs/09_hierarchy.ipynb #cell-025
 class UserEncoder(nn.Module):
     "Events of histories -> user tokens (B, P, K_user, width) and their pooled query (B, P, out)."
     def __init__(self, catalogue: Catalogue, config: EncoderConfig):
         super().__init__()
         self.config, heads = config, config.heads if config.user_level != "none" else 1
+        self.start = nn.Linear(config.width, config.user_tokens * config.width) if config.condition and config.user_level == "qformer" else None
+        self.recent_bias = nn.Parameter(-0.3 * torch.arange(config.history).float()) if config.recent else None
+        self.recent_weight = nn.Parameter(torch.ones(())) if config.recent else None
         self.triplets = TripletEncoder(catalogue, config.triplets) if config.user_level == "flat" else None
         self.item = nn.Linear(config.item_tokens * config.width, config.width) if config.user_level != "flat" else None
         self.time, self.rating = nn.Linear(11, config.width), nn.Linear(2, config.width)
@@ -219,25 +227,42 @@ class UserEncoder(nn.Module):
         visible = ((event <= position)[..., None] & there[:, None]).flatten(2)            # (B, P, T*S)
         distance = (position - event).clamp(0, self.config.history - 1)                   # (B, P, T)
         bias = self.recency[:, distance].movedim(0, 1).repeat_interleave(x.shape[2], -1)  # (B, H, P, T*S)
-        if self.qformer is not None: return self.qformer(x.flatten(1, 2), visible, bias, maps)
+        if self.qformer is not None: return self.qformer(x.flatten(1, 2), visible, bias, maps, None if self.start is None else self.first(x[:, :, 0], batch["positions"]))
         weights = bias[:, 0].masked_fill(~visible, torch.finfo(bias.dtype).min).softmax(-1) * visible
         return (weights @ x[:, :, 0])[:, :, None]
 
-    def pool(self, user_tokens: Tensor) -> Tensor:  # (B, P, K_user, width) -> (B, P, out)
-        "One vector per position, not normalised."
-        return self.head(user_tokens.flatten(2))
+    def first(self, x: Tensor,              # (B, T, width) events
+              positions: Tensor) -> Tensor:  # (B, P) -> (B, P, K_user, width)
+        "What the last event of every position adds to the learned queries."
+        last = x.gather(1, positions.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
+        return self.start(last).unflatten(-1, (self.config.user_tokens, -1))
 
-# %% ../nbs/09_hierarchy.ipynb #cell-029
+    def pool(self, user_tokens: Tensor,               # (B, P, K_user, width)
+             vectors: Tensor | None = None,           # (B, T, out) candidate embeddings of the events' items; needed, as the events, with `recent`
+             batch: dict[str, Tensor] | None = None,  # the events
+             ) -> Tensor:                             # (B, P, out)
+        "One vector per position, not normalised: what the tokens say, and the mean of the recent items."
+        said = self.head(user_tokens.flatten(2))
+        return said if self.recent_bias is None else said + self.recent_weight * self.mean_recent(vectors, batch)
+
+    def mean_recent(self, vectors: Tensor, batch: dict[str, Tensor]) -> Tensor:  # (B, T, out) -> (B, P, out)
+        "Mean of the candidate embeddings of the events up to each position, weighted by a learned function of the distance."
+        position, event = batch["positions"][..., None], torch.arange(vectors.shape[1], device=vectors.device)
+        visible = (event <= position) & batch["present"][:, None]
+        distance = (position - event).clamp(0, self.config.history - 1)
+        return self.recent_bias[distance].masked_fill(~visible, torch.finfo(vectors.dtype).min).softmax(-1).to(vectors.dtype) @ vectors
+
+# %% ../nbs/09_hierarchy.ipynb #cell-031
 def operations(catalogue: Catalogue, config: EncoderConfig, batch: dict[str, Tensor]) -> int:  # batch: of `Events.batch`
     "Floating-point operations of one forward pass: the batch's distinct items and its positions (counted by torch, biases, norms and softmax are left out)."
     items, users = ItemEncoder(catalogue, config).eval(), UserEncoder(catalogue, config).eval()
     distinct, place = batch["items"].unique(return_inverse=True)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tokens = items(catalogue, distinct)
-        items.embed(tokens), users.pool(users(catalogue, tokens[place], batch))
+        users.pool(users(catalogue, tokens[place], batch), items.embed(tokens)[place], batch)
     return counter.get_total_flops()
 
-# %% ../nbs/09_hierarchy.ipynb #cell-030
+# %% ../nbs/09_hierarchy.ipynb #cell-032
 def equal_compute(catalogue: Catalogue, config: EncoderConfig,   # whose count is to be met
                   control: EncoderConfig,                        # who gets more (or fewer) layers on the user level
                   batch: dict[str, Tensor],

@@ -113,6 +113,7 @@ class QFormer(nn.Module):
                 mask: Tensor | None = None,      # (B, T) or (B, P, T) bool, True = may be read
                 bias: Tensor | None = None,      # (B, H, P, T) added to the attention scores
                 maps: list | None = None,        # gets the attention weights (B, H, P*K, T) of every cross-attention
+                start: Tensor | None = None,     # (B, P, K, D) added to the learned queries
                 ) -> Tensor:                     # (B, P, K, D); P = 1 for a (B, T) mask or none
         "The set in K tokens, per group."
         k = self.config.queries
@@ -120,7 +121,7 @@ class QFormer(nn.Module):
         p = 1 if mask is None else mask.shape[1]
         if mask is not None: mask = mask.repeat_interleave(k, 1)[:, None]         # (B, 1, P*K, T)
         if bias is not None: bias = bias.repeat_interleave(k, 2)                  # (B, H, P*K, T)
-        x = self.dropout(self.norm(self.queries))[None, None]
+        x = self.dropout(self.norm(self.queries)[None, None] if start is None else self.norm(self.queries + start))
         for layer in self.layers: x = layer(x, memory, mask, bias, maps, p)
         return x
 

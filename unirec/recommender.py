@@ -172,7 +172,7 @@ class Scorer:
         if self.known[0] is not h: self.known = h, Events.of(h)
         batches = last_batches(h, self.known[1], self.history, users, size=64)
         batches = ({k: v.to(self.tokens.device) for k, v in b.items()} for b in batches)
-        return torch.cat([self.model.query(self.tokens, b, self.with_llm)[:, 0] for b in batches]) @ self.candidates.T
+        return torch.cat([self.model.query(self.tokens, b, self.with_llm, self.candidates)[:, 0] for b in batches]) @ self.candidates.T
 
 # %% ../nbs/10_recommender.ipynb #cell-035
 class UniRec(Checkpointed):
@@ -190,18 +190,23 @@ class UniRec(Checkpointed):
         self.catalogue = map_tensors(self.catalogue, fn)
         return super()._apply(fn, recurse)
 
-    def parts(self, tokens: Tensor, batch: dict[str, Tensor], with_llm: bool = True) -> tuple[Tensor, Tensor | None]:  # tokens (N, K_item, width) of all items
-        "Pooled user tokens (B, P, out) and, with an LLM, what it adds (B, P, out)."
+    def parts(self, tokens: Tensor,            # (N, K_item, width) tokens of the items that `batch` speaks of
+              batch: dict[str, Tensor], with_llm: bool = True,
+              vectors: Tensor | None = None,   # (N, out) candidate embeddings of the same items; None: made here
+              ) -> tuple[Tensor, Tensor | None]:
+        "The pooled query (B, P, out) and, with an LLM, what it adds (B, P, out)."
         history = tokens[batch["items"]]                                              # (B, T, K_item, width)
         users = self.users(self.catalogue, history, batch)
-        if self.llm is None or not with_llm: return self.users.pool(users), None
+        if self.config.recent and vectors is None: vectors = self.items.embed(tokens)
+        pooled = self.users.pool(users, vectors[batch["items"]] if self.config.recent else None, batch)
+        if self.llm is None or not with_llm: return pooled, None
         told = users if self.config.user_level != "none" else users[:, :, :0]
         spoken = self.llm(history, told, batch["present"], batch["positions"])
-        return self.users.pool(users), spoken if self.gate is None else self.gate * spoken
+        return pooled, spoken if self.gate is None else self.gate * spoken
 
-    def query(self, tokens: Tensor, batch: dict[str, Tensor], with_llm: bool = True) -> Tensor:
+    def query(self, tokens: Tensor, batch: dict[str, Tensor], with_llm: bool = True, vectors: Tensor | None = None) -> Tensor:  # as in `parts`
         "Query embeddings (B, P, out) of length 1."
-        pooled, spoken = self.parts(tokens, batch, with_llm)
+        pooled, spoken = self.parts(tokens, batch, with_llm, vectors)
         return F.normalize(pooled if spoken is None else spoken if self.gate is None else pooled + spoken, dim=-1)
 
     def scorer(self, history: int | None = None, with_llm: bool = True) -> Scorer:

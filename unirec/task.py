@@ -43,6 +43,7 @@ class LossConfig:
     softmax: str = "auto"       # who the next item competes with: full, sampled, in_batch; auto: full up to `full_catalogue` items, else sampled
     full_catalogue: int = 4096
     negatives: int = 1024       # sampled negatives a step
+    unseen: bool = False        # do items that train never has compete for the next item? Where they do, a model learns that what is new is never taken
     duplicates: float = 0.0     # cosine of frozen vectors from which two items are one, and no negatives of each other; 0: off
 
     def __post_init__(self):
@@ -75,18 +76,22 @@ def next_item_loss(model: UniRec, batch: dict[str, Tensor], config: LossConfig,
     "InfoNCE of the next item at every sampled position; encodes the items that it needs."
     c, n, wanted = model.catalogue, len(model.catalogue), batch["positions"] >= 0
     targets, kind = batch["targets"][wanted], config.candidates(n)
+    competes = torch.ones_like(c.in_train) if config.unseen else c.in_train.index_fill(0, targets, True)
+    able = competes.nonzero()[:, 0]
     if kind == "full":
-        every = torch.arange(n, device=targets.device)
-        tokens, items, scored, row, log_q = model.items(c) if table is None else table, every, every, targets, None
+        tokens, items = model.items(c) if table is None else table, torch.arange(n, device=targets.device)
+        scored, row, log_q = able, torch.searchsorted(able, targets), None
     else:
         if kind == "in_batch": listed, row, log_q = in_batch(targets, share)
-        if kind == "sampled" or len(listed) < 2: listed, row, log_q = sample_catalogue(targets, n, config.negatives)
+        if kind == "sampled" or len(listed) < 2:
+            listed, row, log_q = sample_catalogue(torch.searchsorted(able, targets), len(able), config.negatives)
+            listed = able[listed]
         items, place = torch.cat([listed, batch["items"].flatten()]).unique(return_inverse=True)
         tokens = model.items(c, items) if table is None else table[items]
         scored, batch = place[:len(listed)], batch | {"items": place[len(listed):].view_as(batch["items"])}
     ignore = None if groups is None else false_negatives(groups, targets, items[scored])
-    candidates = model.items.embed(tokens if kind == "full" else tokens[scored])
-    return info_nce(model.query(tokens, batch)[wanted], candidates, row, model.temperature(), log_q, ignore), tokens, items
+    vectors = model.items.embed(tokens)
+    return info_nce(model.query(tokens, batch, vectors=vectors)[wanted], vectors[scored], row, model.temperature(), log_q, ignore), tokens, items
 
 # %% ../nbs/14_task.ipynb #cell-013
 def pair_loss(model: UniRec, batch: dict[str, Tensor], config: LossConfig, tokens: Tensor, items: Tensor, some: Tensor, groups: Tensor | None = None) -> Tensor:
