@@ -19,12 +19,13 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from .baselines import SASRecConfig, itemknn, markov, mean_vectors, popularity, sasrec
+from .baselines import itemknn, markov, mean_vectors, popularity
 from .datasets import READERS, SetSpec, download
 from .encoders import ImageEncoder, TextEncoder, keep_memory
 from .hierarchy import EncoderConfig, Events, last_batches
 from .metrics import full_ranks, history_mask, ranks, summarise
 from .recommender import LLMConfig, UniRec
+from .sequential import SASRecConfig, sasrec
 from .splits import Histories, in_order, k_core, leave_one_out, sample_candidates, split_hash, train_aggregate
 from .store import Catalogue, build_store, load_catalogue, picture_bytes
 from .task import MODES, LossConfig, item_vectors, train
