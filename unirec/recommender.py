@@ -199,7 +199,8 @@ class UniRec(Checkpointed):
         users = self.users(self.catalogue, history, batch)
         if self.config.recent and vectors is None: vectors = self.items.embed(tokens)
         pooled = self.users.pool(users, vectors[batch["items"]] if self.config.recent else None, batch)
-        if self.llm is None or not with_llm: return pooled, None
+        silent = not self.training and self.gate is not None and float(self.gate) == 0          # a closed gate: its answer would not count
+        if self.llm is None or not with_llm or silent: return pooled, None
         told = users if self.config.user_level != "none" else users[:, :, :0]
         spoken = self.llm(history, told, batch["present"], batch["positions"])
         return pooled, spoken if self.gate is None else self.gate * spoken

@@ -10,6 +10,7 @@ __all__ = ['SOURCES', 'ItemTable', 'SequenceModel', 'CausalBlock', 'SASRec', 'Se
 # %% ../nbs/14_sequential.ipynb #cell-003
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -186,12 +187,20 @@ def window_batches(train: Histories,  # train events
     return batches
 
 # %% ../nbs/14_sequential.ipynb #cell-030
-def next_item_cross_entropy(model: SequenceModel, batch: dict[str, Tensor]) -> Tensor:
+def next_item_cross_entropy(model: SequenceModel, batch: dict[str, Tensor],
+                            seen: bool = True,  # do items of the window so far compete? The ranking leaves them out, all but the target
+                            ) -> Tensor:
     "Cross-entropy of the next item over the whole catalogue, mean over real positions."
-    real = batch["targets"] >= 0
-    return F.cross_entropy(model.scores(model(batch["inputs"])[real]).float(), batch["targets"][real])
+    real, inputs = batch["targets"] >= 0, batch["inputs"]
+    scores, targets = model.scores(model(inputs)[real]).float(), batch["targets"][real]
+    if not seen:
+        steps = torch.arange(inputs.shape[1], device=inputs.device)
+        first = torch.full((len(inputs), scores.shape[1]), inputs.shape[1], device=inputs.device).scatter_reduce_(1, inputs, steps.expand_as(inputs), "amin")
+        had = (first[:, None] <= steps[:, None])[real].scatter_(1, targets[:, None], False)      # (M, N); padding stands behind all real steps
+        scores = scores.masked_fill(had, -torch.inf)
+    return F.cross_entropy(scores, targets)
 
-# %% ../nbs/14_sequential.ipynb #cell-031
+# %% ../nbs/14_sequential.ipynb #cell-032
 @dataclass
 class SASRecConfig:
     "What SASRec is made of and how its batches are cut; rates and epochs are `FitConfig`'s."
@@ -202,21 +211,22 @@ class SASRecConfig:
     length: int = 50 # events of the history
     batch: int = 64 # windows a step
     steps: int = 40 # an epoch has at least so many steps
+    seen: bool = True # do the user's earlier items compete in the loss?
     source: str = "ids" # ids | vectors | both: where an item's embedding comes from
     vector_dropout: float = 0.2 # on the frozen vectors' components
     id_dropout: float = 0.5 # chance that an item's id is left out in training; `both` only
     hidden: int = 0 # width of the projection's hidden layer; 0: linear
 
-# %% ../nbs/14_sequential.ipynb #cell-032
+# %% ../nbs/14_sequential.ipynb #cell-033
 def _train_sequence(model: SequenceModel, train: Histories, targets: np.ndarray, config, fit_config: FitConfig, desc: str) -> SequenceScorer:
     "Next-item training with early stop on the full-catalogue MRR of valid."
     scorer = SequenceScorer(model, config.length)
     batches = window_batches(train, config.length, config.batch, config.steps, fit_config.seed)
     validate = lambda trained: summarise(full_ranks(scorer, train, targets))
-    scorer.log = fit(model, batches, next_item_cross_entropy, validate, fit_config, desc=desc)
+    scorer.log = fit(model, batches, partial(next_item_cross_entropy, seen=config.seen), validate, fit_config, desc=desc)
     return scorer
 
-# %% ../nbs/14_sequential.ipynb #cell-033
+# %% ../nbs/14_sequential.ipynb #cell-034
 def sasrec(train: Histories,                     # train events
            targets: np.ndarray,                  # (U,) int64 valid items: early stop only
            config: SASRecConfig | None = None,
@@ -230,7 +240,7 @@ def sasrec(train: Histories,                     # train events
     model = SASRec(table, config.width, config.layers, config.heads, config.dropout, config.length)
     return _train_sequence(model, train, targets, config, fit_config, "sasrec" if config.source == "ids" else f"sasrec on {config.source}")
 
-# %% ../nbs/14_sequential.ipynb #cell-042
+# %% ../nbs/14_sequential.ipynb #cell-043
 class GRU4Rec(SequenceModel):
     "Gated recurrent units over items."
 
@@ -249,7 +259,7 @@ class GRU4Rec(SequenceModel):
         "Hidden state at every position, from the items up to there."
         return self.out(self.dropout(self.gru(self.dropout(self.inputs(items)))[0]))
 
-# %% ../nbs/14_sequential.ipynb #cell-044
+# %% ../nbs/14_sequential.ipynb #cell-045
 @dataclass
 class GRU4RecConfig:
     "What GRU4Rec is made of and how its batches are cut; rates and epochs are `FitConfig`'s."
@@ -260,8 +270,9 @@ class GRU4RecConfig:
     length: int = 50 # events of the history
     batch: int = 64 # windows a step
     steps: int = 40 # an epoch has at least so many steps
+    seen: bool = True # do the user's earlier items compete in the loss?
 
-# %% ../nbs/14_sequential.ipynb #cell-045
+# %% ../nbs/14_sequential.ipynb #cell-046
 def gru4rec(train: Histories,                     # train events
             targets: np.ndarray,                  # (U,) int64 valid items: early stop only
             config: GRU4RecConfig | None = None,
@@ -273,7 +284,7 @@ def gru4rec(train: Histories,                     # train events
     model = GRU4Rec(ItemTable(train.n_items, config.width), config.width, config.hidden, config.layers, config.dropout)
     return _train_sequence(model, train, targets, config, fit_config, "gru4rec")
 
-# %% ../nbs/14_sequential.ipynb #cell-048
+# %% ../nbs/14_sequential.ipynb #cell-049
 class BPR(nn.Module):
     "A vector for each user and each item, and a bias for each item."
 
@@ -291,7 +302,7 @@ class BPR(nn.Module):
         "Scores of all items."
         return self.users(users) @ self.items.weight.T + self.bias.weight[:, 0]
 
-# %% ../nbs/14_sequential.ipynb #cell-049
+# %% ../nbs/14_sequential.ipynb #cell-050
 def bpr_loss(model: BPR,
              batch: dict[str, Tensor],  # users, positives, negatives: (B,) int64 each
              decay: float = 0.0,        # lambda
@@ -303,7 +314,7 @@ def bpr_loss(model: BPR,
     squares = sum(rows.square().sum(1) for rows in (users, positive, negative, *bias))
     return (F.softplus(-margin) + decay * squares).mean()
 
-# %% ../nbs/14_sequential.ipynb #cell-053
+# %% ../nbs/14_sequential.ipynb #cell-054
 def unseen_items(train: Histories,  # train events
                  ) -> Callable:  # draw(users (B,), rng) -> (B,) int64 items
     "A sampler of uniform items that a user never had in train; raises ValueError where somebody had all of them."
@@ -321,7 +332,7 @@ def unseen_items(train: Histories,  # train events
 
     return draw
 
-# %% ../nbs/14_sequential.ipynb #cell-055
+# %% ../nbs/14_sequential.ipynb #cell-056
 def triple_batches(train: Histories,  # train events
                    batch: int,        # triples a batch
                    steps: int,        # an epoch has at least so many batches
@@ -341,7 +352,7 @@ def triple_batches(train: Histories,  # train events
 
     return batches
 
-# %% ../nbs/14_sequential.ipynb #cell-058
+# %% ../nbs/14_sequential.ipynb #cell-059
 class UserScorer:
     "Matrix factorisation as a scorer, by user row: the histories are there for the interface only. `model` and `log` stay at hand."
 
@@ -358,7 +369,7 @@ class UserScorer:
             raise ValueError(f"the histories are of {len(histories)} users, the model was trained for {n_users}: it knows users by their row only")
         return self.model(torch.as_tensor(np.asarray(users), device=device)).float().cpu()
 
-# %% ../nbs/14_sequential.ipynb #cell-059
+# %% ../nbs/14_sequential.ipynb #cell-060
 @dataclass
 class BPRConfig:
     "What BPR is made of; rates and epochs are `FitConfig`'s."
@@ -367,7 +378,7 @@ class BPRConfig:
     batch: int = 1024 # triples a step
     steps: int = 40 # an epoch has at least so many steps
 
-# %% ../nbs/14_sequential.ipynb #cell-060
+# %% ../nbs/14_sequential.ipynb #cell-061
 def bpr(train: Histories,                     # train events
         targets: np.ndarray,                  # (U,) int64 valid items: early stop only
         config: BPRConfig | None = None,

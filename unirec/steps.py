@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .baselines import itemknn, markov, mean_vectors, popularity
@@ -161,14 +162,17 @@ def baseline_scorers(data: Data, params: Mapping) -> tuple[dict[str, Callable], 
 def llm_share(model: UniRec, h: Histories, targets: np.ndarray) -> dict:
     "How much of the query and of the MRR comes from the LLM."
     model.eval()
-    mrr = lambda with_llm: summarise(full_ranks(model.scorer(with_llm=with_llm), h, targets))["mrr"]
-    if model.llm is None: return {"mrr": mrr(True), "mrr_without_llm": mrr(True), "norm_share": 0.0, "gate": 0.0}
-    tokens, events, norms = model.items(model.catalogue), Events.of(h), []
-    for batch in last_batches(h, events, model.config.history, np.arange(len(h)), 64):
-        pooled, spoken = model.parts(tokens, batch)
-        norms.append((spoken.norm(dim=-1) / (pooled.norm(dim=-1) + spoken.norm(dim=-1)))[:, 0])
-    alone = model.gate is None                                                # query: llm, nothing else is in the query
-    return {"mrr": mrr(True), "mrr_without_llm": mrr(False), "norm_share": 1.0 if alone else float(torch.cat(norms).mean()), "gate": None if alone else float(model.gate)}
+    tokens = model.items(model.catalogue)
+    vectors, events, found = model.items.embed(tokens), Events.of(h), []
+    for batch in last_batches(h, events, model.config.history, np.arange(len(h)), 64):                 # both queries from one pass of the LLM
+        pooled, spoken = (x if x is None else x[:, 0] for x in model.parts(tokens, batch, vectors=vectors))
+        spoken = torch.zeros_like(pooled) if spoken is None else spoken
+        whole = spoken if model.llm is not None and model.gate is None else pooled + spoken
+        found.append((pooled, whole, spoken.norm(dim=-1) / (pooled.norm(dim=-1) + spoken.norm(dim=-1))))
+    pooled, whole, share = (torch.cat(x) for x in zip(*found))
+    mrr = lambda query: summarise(full_ranks(lambda _, users: F.normalize(query[users], dim=-1) @ vectors.T, h, targets))["mrr"]
+    alone = model.llm is not None and model.gate is None                                                # query: llm, nothing else is in the query
+    return {"mrr": mrr(whole), "mrr_without_llm": mrr(pooled), "norm_share": 1.0 if alone else float(share.mean()), "gate": None if alone else float(model.gate or 0)}
 
 # %% ../nbs/16_steps.ipynb #cell-022
 def evaluate(data: Data, prepared: Path, models: Path, raw: Path, params: Mapping, results: Path, predictions: Path) -> pd.DataFrame:
