@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from unirec import comparison, tuning
+from unirec import comparison, opponents, tuning
 from unirec.fingerprint import sources
 from unirec.significance import compare_models
 
@@ -17,7 +17,7 @@ from unirec.significance import compare_models
 def prepared(tmp_path_factory) -> tuple[Path, dict]:
     "A toy whose runs are not done."
     root = tmp_path_factory.mktemp("prepared")
-    return root, tuning.toy_comparison(root)
+    return root, opponents.toy_comparison(root)
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_vectors_matter_to_those_who_read_them(project, monkeypatch):
 
 def test_code_is_that_of_the_model():
     "Each model has its own code, and none but UniRec has the recommender's."
-    code = {name: set(sources(b.parts, stop=["datasets"])) for name, b in tuning.BASELINES.items()}
-    assert len({tuning.model_code(n) for n in ("popularity", "markov", "itemknn", "mean_vectors", "bpr", "gru4rec", "sasrec", "text_llm", "released")}) == 9
+    code = {name: set(sources(b.parts, stop=["datasets"])) for name, b in opponents.BASELINES.items()}
+    assert len({opponents.model_code(n) for n in ("popularity", "markov", "itemknn", "mean_vectors", "bpr", "gru4rec", "sasrec", "text_llm", "released")}) == 9
     assert "training.fit" in code["sasrec"] and "training.fit" not in code["markov"]
     assert not any(k.startswith(("recommender.UniRec", "hierarchy.", "task.train")) for n in code for k in code[n])
     ours = set(sources(["steps.pretrain", "steps.finetune"], stop=["datasets"]))
@@ -266,20 +266,20 @@ def test_last5_gives_every_user_the_same_weight(project):
 def test_every_model_runs(project):
     "One run of everybody, with LLMs of one layer."
     root, params = project
-    params["compare"] |= {"models": [*tuning.BASELINES, "unirec", "unirec_id"], "seeds": [0], "protocols": ["leave_one_out"], "unirec": {"toy": {"pretrain.fit.epochs": 1, "llm.layers": 1}},
+    params["compare"] |= {"models": [*opponents.BASELINES, "unirec", "unirec_id"], "seeds": [0], "protocols": ["leave_one_out"], "unirec": {"toy": {"pretrain.fit.epochs": 1, "llm.layers": 1}},
                           "baselines": {n: {"model": {"llm": {"layers": 1}}, "fit": {"epochs": 1}} for n in ("text_llm", "released")}
                           | {n: {"model": {"width": 8, "steps": 2}, "fit": {"epochs": 1}} for n in ("bpr", "gru4rec", "sasrec", "sasrec_vectors", "sasrec_both")}}
     write(root, params)
     comparison.compare(root)
     rows = comparison.read_runs(root, "toy").set_index("model")
-    assert set(rows.index) == {*tuning.BASELINES, "unirec", "unirec_id"} and rows.full_mrr.between(0, 1).all()
+    assert set(rows.index) == {*opponents.BASELINES, "unirec", "unirec_id"} and rows.full_mrr.between(0, 1).all()
     assert rows.loc[["unirec", "unirec_id"], ["full_stage1_mrr", "full_without_llm_mrr", "llm_norm_share"]].notna().all(axis=None)
 
 
 def test_params_have_the_best_trials(root):
     "What params.yaml says is what tuning found."
     params, trials = yaml.safe_load((root / "params.yaml").read_text()), tuning.read_trials(root / "results" / "tuning.csv")
-    best = {d: {m: s for m, s in models.items() if m in tuning.BASELINES} for d, models in tuning.chosen(trials).items()}
+    best = {d: {m: s for m, s in models.items() if m in opponents.BASELINES} for d, models in tuning.chosen(trials).items()}
     assert params["compare"]["settings"] == best
     for (dataset, model), part in trials.groupby(["dataset", "model"]):
         assert len(part) <= params["tune"]["trials"]
@@ -290,15 +290,15 @@ def test_every_model_can_be_run(root):
     "The blocks of params.yaml name what there is."
     params = yaml.safe_load((root / "params.yaml").read_text())
     c = params["compare"]
-    known = {*tuning.BASELINES, *tuning.MODELS}
+    known = {*opponents.BASELINES, *tuning.MODELS}
     assert set(c["models"]) <= known and set(params["tune"]["grids"]) <= known and set(c["baselines"] or {}) <= known
     assert set(c["datasets"]) <= set(params["sets"]) and set(c["carried"].values()) <= set(params["tune"]["datasets"])
     for dataset in c["datasets"]:
         for model in c["models"]:
-            own = tuning.settings_of(params, model, dataset)
-            config = tuning.BASELINES[model].config if model in tuning.BASELINES else None
+            own = opponents.settings_of(params, model, dataset)
+            config = opponents.BASELINES[model].config if model in opponents.BASELINES else None
             if config:
                 config(**own.get("model", {}))
-                tuning.FitConfig(**own.get("fit", {}))
+                opponents.FitConfig(**own.get("fit", {}))
     for model in params["tune"]["grids"]:
         tuning.trials_of(params, model)

@@ -24,11 +24,11 @@ from .datasets import SetSpec
 from .experiments import digest
 from .fingerprint import code_key
 from .metrics import full_ranks, last_ranks, ranks
+from .opponents import BASELINES, Trained, data_key, lock, model_code, reads_vectors, ready, settings_of, train_baseline, train_unirec
 from .significance import compare_models
 from .splits import Histories, last_k, train_aggregate
 from .steps import MODELS, Data, embed, llm_share, load, load_test
 from .task import data_hash
-from .tuning import BASELINES, Trained, data_key, lock, model_code, reads_vectors, ready, settings_of, train_baseline, train_unirec
 
 # %% ../nbs/19_comparison.ipynb #cell-006
 def all_runs(params: Mapping) -> Iterator[tuple[str, int, str, str]]:

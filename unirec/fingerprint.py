@@ -78,5 +78,5 @@ def code_key(*names: str,                 # "module.name"
              folder: Path | None = None,  # of the package; None: this one
              stop: Iterable[str] = (),    # modules that are not followed
              ) -> str:                    # sixteen hexadecimal digits
-    "A hash of all code of the package that some functions need."
-    return hashlib.sha256(json.dumps(sources(names, folder, stop)).encode()).hexdigest()[:16]
+    "A hash of all code of the package that some functions need; in which module it stands does not matter."
+    return hashlib.sha256(json.dumps(sorted(sources(names, folder, stop).values())).encode()).hexdigest()[:16]
