@@ -166,7 +166,7 @@ def modality_shares(model: UniRec,
     out.insert(6, "dominates", out.share > limit)
     return out
 
-# %% ../nbs/13_diagnostics.ipynb #cell-047
+# %% ../nbs/13_diagnostics.ipynb #cell-046
 def instability(log: list[dict],         # rows of the training log; a row 0 without a loss (weights before fine-tuning) counts for its MRR only
                 rise: float = 0.2,       # largest rise of the loss that is let pass, as a share of its whole fall
                 fall: float = 0.3,       # largest fall of the valid MRR below the best before it, as a share of that best
@@ -190,7 +190,7 @@ def instability(log: list[dict],         # rows of the training log; a row 0 wit
     signs += [text.format(out[k]) for k, (limit, text) in limits.items() if limit is not None and out[k] > limit]
     return out | {"verdict": "; ".join(signs) or "stable"}
 
-# %% ../nbs/13_diagnostics.ipynb #cell-055
+# %% ../nbs/13_diagnostics.ipynb #cell-054
 def findings(found: dict) -> list[str]:  # of `diagnose`: schema, lengths, modalities (tables), instability (dict), recent (events)
     "A sentence per signature: the sign and its figure, or that there is none; one before them if the model is no better than chance."
     s, l, m, out = found["schema"], found["lengths"], found["modalities"], []
@@ -219,7 +219,7 @@ def findings(found: dict) -> list[str]:  # of `diagnose`: schema, lengths, modal
     verdict = found["instability"]["verdict"]
     return [*out, f"training: {'no sign of instability' if verdict == 'stable' else verdict if verdict == 'no log' else 'sign of instability: ' + verdict}"]
 
-# %% ../nbs/13_diagnostics.ipynb #cell-056
+# %% ../nbs/13_diagnostics.ipynb #cell-055
 def diagnose(model: UniRec,
              train: Histories,
              valid_targets: np.ndarray,  # (U,)
