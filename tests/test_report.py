@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from unirec import standing
 from unirec.report import build_page, comparison_table, markdown_table
 
 INJECTED = "<script>window.taken = true; document.title = 'taken'</script><img src=x onerror='window.taken = true'>"
@@ -29,6 +30,21 @@ def write_json(path, value):
     path.write_text(json.dumps(value))
 
 
+def write_compared(folder, name):
+    """A comparison in which UniRec trails sasrec, its reference, and what stands behind the means."""
+    rows = [{"dataset": name, "protocol": protocol, "ranks": ranks, "best_by": "valid and test", "model": model, "reference": "sasrec", "seeds": 2, "mrr": mrr, "std": 0.001, "difference": mrr - 0.1,
+             "low": mrr - 0.11, "high": mrr - 0.09, "holm_both": p, "detectable": 0.015, "verdict": verdict, "valid_mrr": mrr}
+            for protocol, ranks in (("leave_one_out", "full"), ("leave_one_out", "full_shuffled"), ("leave_one_out", "sampled100"), ("last5", "full"))
+            for model, mrr, p, verdict in (("sasrec", 0.1, None, "reference"), ("unirec", 0.098, 0.4, "undecided"), (INJECTED, 0.05, 0.0001, "worse"))]
+    pd.DataFrame(rows).to_csv(folder / "compare.csv", index=False)
+    pd.DataFrame({"model": "unirec", "seed": [0, 1, 1], "protocol": "leave_one_out"}).to_csv(folder / "runs.csv", index=False)
+    rows = [(model, "target", label, users, level, level / 2, level * 2) for model, level in MODELS.items() for label, users in (("cold", 3), ("warm", 7))]
+    pd.DataFrame(rows, columns=standing.BREAKDOWNS).to_csv(folder / "breakdowns.csv", index=False)
+    pd.DataFrame([(model, 10, 0.5, 0.4, 0.1, 0.3) for model in MODELS], columns=standing.LISTS).to_csv(folder / "lists.csv", index=False)
+    pd.DataFrame([("unirec", "text", "image", 40, 0.125, 0.5, 0.025, 0.25)], columns=standing.RETRIEVAL).to_csv(folder / "retrieval.csv", index=False)
+    pd.DataFrame([(model, level, level - 0.0123) for model, level in MODELS.items()], columns=standing.TIES).to_csv(folder / "ties.csv", index=False)
+
+
 def write_set(root, name, synthetic, redistributable):
     """One data set with everything a page needs; its first user carries the injected words and refused pictures."""
     folder = root / "results" / name
@@ -43,6 +59,7 @@ def write_set(root, name, synthetic, redistributable):
     write_json(folder / "run_evaluate.json", {"stage": "evaluate", "dataset": name, "params": {"note": INJECTED}, "git_revision": None, "data_sha256": "0" * 64, "seconds": 61.0})
     write_json(folder / "run_embed.json", {"stage": "embed", "dataset": name, "seconds": 5, "peak_memory_mb": 900.4, "tokens_per_second": 12345.6})
     write_json(folder / "quality.json", {"users": 10, "items": 40, "events": 90, "rows_read": 100, "rows_kept": 90, "dropped": {INJECTED: 10}, "coverage": {"title": 1.0}})
+    write_compared(folder, name)
     target = item("target", picture("teal"))
     top = [item(f"item{place}", picture("orange")) | {"score": 1.0 / place, "hit": False} for place in range(1, 10)]
     users = [{"user": f"{name}-user-{number}", "history": [item(f"old{step}", picture("gray")) for step in range(13)], "target": target,
@@ -135,7 +152,7 @@ def test_badge_hit_and_figures_are_shown(visit):
     hits = made_up.locator("li.hit")
     assert hits.count() == 10 and all("Thing target" in text and "hit" in text for text in hits.all_inner_texts())
     assert hits.first.locator("strong").is_visible() and hits.first.locator(".place").inner_text() == "4"
-    assert "unirec: rank 4" in made_up.locator("summary").first.inner_text() and "sasrec: rank 23.5" in made_up.locator("summary").first.inner_text()
+    assert "unirec: rank 4" in made_up.locator(".user > summary").first.inner_text() and "sasrec: rank 23.5" in made_up.locator(".user > summary").first.inner_text()
     assert made_up.locator(".comparison tbody th").all_inner_texts()[0].startswith("unirec")
     best = made_up.locator(".comparison td.best").first
     assert "0.0905" in best.inner_text() and "± 0.0007" in best.inner_text()
@@ -220,3 +237,52 @@ def test_tables_agree_with_the_file(files):
     text = markdown_table(table)
     assert "**0.0905** ± 0.0007" in text and "<script" not in text
     assert comparison_table(files / "results")["dataset"].unique().tolist() == ["borrowed", "made_up"]
+
+
+def test_comparison_with_seeds_and_what_is_behind_are_shown(visit):
+    page, _ = visit()
+    made_up = page.locator("#set-1")
+    tables = made_up.locator("table.standing")
+    assert tables.count() == 2 and "Last five events held out" in made_up.inner_text()
+    rows = tables.first.locator("tbody tr").all_inner_texts()
+    assert [row.split()[0] for row in rows[:2]] == ["sasrec", "unirec"] and "-0.0120 to +0.0080" in rows[1] and rows[1].endswith("undecided")
+    assert "UniRec trails by 2.0%, verdict: undecided" in made_up.inner_text()
+    assert "2 runs are recorded" in made_up.inner_text()
+    assert made_up.locator(".robust thead th").all_inner_texts() == ["model", "last event, full", "ties shuffled", "among 100", "last five, full"]
+    behind = made_up.locator(".behind")
+    assert "target: cold" in behind.inner_text() and "text finds image" in behind.inner_text() and "12.5%" in behind.inner_text() and "0.0777" in behind.inner_text()
+    assert behind.locator("svg").count() == 1 and "Better, worse, undecided" in page.locator("main").inner_text()
+
+
+def test_without_a_comparison_one_line_says_what_makes_it(files):
+    for name in ("compare", "runs", "breakdowns"):
+        (files / f"results/made_up/{name}.csv").unlink()
+    build(files, sets={"made_up": SETS["made_up"]}, wanted={"made_up": 40})
+    text = (files / "reports/index.html").read_text()
+    assert "has not been run here: 0 of 40 runs are recorded; `make compare` makes it" in text
+    assert 'class="standing"' not in text and 'class="behind"' not in text and "Smallest difference found" not in text
+
+
+def test_sentences_follow_the_verdicts(files):
+    path = files / "results/made_up/compare.csv"
+    table = pd.read_csv(path)
+    before = standing.standing_markdown(files / "results", SETS, {"made_up": 40})
+    assert "better on 0, undecided on 2 (made\\_up (synthetic) -2.0%, borrowed -2.0%), worse on 0" in before and "2 of 40 runs are recorded" in before and "<script" not in before
+    ours = table["model"] == "unirec"
+    table.loc[ours, ["difference", "low", "high", "verdict"]] = [0.005, 0.001, 0.009, "better"]
+    table.to_csv(path, index=False)
+    after = standing.standing_markdown(files / "results", SETS)
+    assert "better on 1 (made\\_up (synthetic) +5.0%), undecided on 1 (borrowed -2.0%)" in after and "UniRec leads by 5.0%, verdict: better" in after
+
+
+def test_unirec_is_picked_by_valid_not_by_test(files):
+    table = standing.read_compare(files / "results", "made_up")
+    lucky = table[table["model"] == "unirec"].assign(model="unirec_id", mrr=0.2, valid_mrr=0.01, difference=0.1, verdict="better")
+    assert standing.said(pd.concat([table, lucky]), "leave_one_out").startswith("unirec (the best UniRec on valid)")
+
+
+def test_broken_comparison_is_named(files):
+    path = files / "results/made_up/compare.csv"
+    pd.read_csv(path).drop(columns="verdict").to_csv(path, index=False)
+    with pytest.raises(ValueError, match="compare.csv: the columns .'verdict'. are missing"):
+        build(files)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['terciles', 'target_groups', 'lacking', 'by_group', 'retrieval', 'modality_embeddings', 'modality_retrieval',
-           'top_lists', 'gini', 'diversity', 'list_figures']
+           'best_items', 'top_lists', 'Watched', 'gini', 'diversity', 'list_figures']
 
 # %% ../nbs/12_breakdowns.ipynb #cell-002
 from collections.abc import Callable, Sequence
@@ -108,29 +108,47 @@ def modality_retrieval(model: UniRec, ks: Sequence[int] = (1, 10)) -> pd.DataFra
     return pd.DataFrame(rows, columns=["query", "found", "items", *(f"r@{k}" for k in ks), *(f"random r@{k}" for k in ks)])
 
 # %% ../nbs/12_breakdowns.ipynb #cell-031
+def best_items(scores: Tensor | np.ndarray,  # (B, N) of a batch of users
+               histories: Histories,         # what is known; what a user has had is not recommended
+               users: np.ndarray,            # (B,) rows of `histories`
+               k: int = 10) -> np.ndarray:   # (B, k) int64 items, the best first
+    "The k best items of each row, without the user's history."
+    short = f"a list of {k} is longer than what some user has not had of {histories.n_items} items; ask for a shorter one"
+    if k > histories.n_items: raise ValueError(short)
+    scores = torch.as_tensor(scores).float().cpu().clone()
+    scores[tuple(map(torch.as_tensor, had(histories, users)))] = -torch.inf
+    top = scores.topk(k)
+    if (top.values[:, -1] == -torch.inf).any(): raise ValueError(short)
+    return top.indices.numpy()
+
 def top_lists(scorer: Callable,          # scorer(histories, users) -> (B, N) scores
               histories: Histories,      # what is known; what a user has had is not recommended
               k: int = 10, batch: int = 256) -> np.ndarray:  # (U, k) int64 items, the best first
     "The k items that each user would be shown."
-    out, short = [], f"a list of {k} is longer than what some user has not had of {histories.n_items} items; ask for a shorter one"
-    if k > histories.n_items: raise ValueError(short)
-    for start in range(0, len(histories), batch):
-        users = np.arange(start, min(start + batch, len(histories)))
-        scores = torch.as_tensor(scorer(histories, users)).float().cpu().clone()
-        scores[tuple(map(torch.as_tensor, had(histories, users)))] = -torch.inf
-        top = scores.topk(k)
-        if (top.values[:, -1] == -torch.inf).any(): raise ValueError(short)
-        out.append(top.indices.numpy())
-    return np.concatenate(out)
+    parts = np.split(np.arange(len(histories)), range(batch, len(histories), batch))
+    return np.concatenate([best_items(scorer(histories, users), histories, users, k) for users in parts])
 
-# %% ../nbs/12_breakdowns.ipynb #cell-032
+# %% ../nbs/12_breakdowns.ipynb #cell-033
+class Watched:
+    "A scorer that also keeps the top items of every user that it was asked for, so that ranks and lists come from one pass."
+    def __init__(self, scorer: Callable, h: Histories,
+                 k: int = 10):  # length of the lists; shorter where some user has had nearly all items
+        left = h.n_items - np.bincount(had(h, np.arange(len(h)))[0], minlength=len(h)).max(initial=0)
+        self.scorer, self.lists = scorer, np.zeros((len(h), min(k, int(left))), dtype=np.int64)
+
+    def __call__(self, h: Histories, users: np.ndarray) -> torch.Tensor:  # (B, N)
+        scores = self.scorer(h, users)
+        self.lists[users] = best_items(scores, h, users, self.lists.shape[1])
+        return scores
+
+# %% ../nbs/12_breakdowns.ipynb #cell-034
 def gini(x: np.ndarray) -> float:  # (n,) counts, at least one above 0
     "Gini index: 0 = all have the same, (n - 1) / n = one has everything."
     x, n = np.sort(np.asarray(x, float)), len(x)
     if n == 0 or x[0] < 0 or x.sum() == 0: raise ValueError(f"gini needs counts from 0 of which one is above 0, got {n} with the sum {x.sum()}")
     return float(((2 * np.arange(1, n + 1) - n - 1) * x).sum() / (n * x.sum()))
 
-# %% ../nbs/12_breakdowns.ipynb #cell-034
+# %% ../nbs/12_breakdowns.ipynb #cell-036
 def diversity(lists: np.ndarray,     # (U, k) items
               vectors: np.ndarray,   # (N, D) frozen vectors of the items
               batch: int = 1024) -> np.ndarray:  # (U,)
@@ -143,7 +161,7 @@ def diversity(lists: np.ndarray,     # (U, k) items
         out.append(1 - same / (k * (k - 1)))
     return np.concatenate(out)
 
-# %% ../nbs/12_breakdowns.ipynb #cell-036
+# %% ../nbs/12_breakdowns.ipynb #cell-038
 def list_figures(lists: np.ndarray,                  # (U, k) items
                  train: Histories,                   # whose counts say what is popular
                  taken: np.ndarray,                  # what users take, any number of items

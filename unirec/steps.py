@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'prepare', 'towers', 'embed', 'Data', 'load', 'load_test', 'pretrain', 'finetune', 'baseline_scorers',
-           'llm_share', 'evaluate', 'curves', 'describe', 'examples', 'toy_params', 'toy']
+           'llm_share', 'behind', 'evaluate', 'curves', 'describe', 'examples', 'toy_params', 'toy']
 
 # %% ../nbs/16_steps.ipynb #cell-003
 import base64
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .baselines import itemknn, markov, mean_vectors, popularity
+from .breakdowns import Watched, by_group, list_figures, modality_retrieval, target_groups
 from .datasets import READERS, SetSpec, download
 from .encoders import ImageEncoder, TextEncoder, keep_memory
 from .hierarchy import EncoderConfig, Events, last_batches
@@ -174,7 +175,21 @@ def llm_share(model: UniRec, h: Histories, targets: np.ndarray) -> dict:
     alone = model.llm is not None and model.gate is None                                                # query: llm, nothing else is in the query
     return {"mrr": mrr(whole), "mrr_without_llm": mrr(pooled), "norm_share": 1.0 if alone else float(share.mean()), "gate": None if alone else float(model.gate or 0)}
 
-# %% ../nbs/16_steps.ipynb #cell-022
+# %% ../nbs/16_steps.ipynb #cell-023
+def behind(data: Data, h: Histories, targets: np.ndarray, per_user: Mapping[str, np.ndarray],  # model -> (U,) ranks
+           lists: Mapping[str, np.ndarray],  # model -> (U, k) items
+           nets: Mapping[str, UniRec], results: Path, draws: int = 1000) -> None:
+    "Write breakdowns.csv, lists.csv and retrieval.csv."
+    groups, vectors = target_groups(data.train, h, targets, data.catalogue), item_vectors(data.catalogue)
+    parts = [by_group(r, groups, draws=draws).assign(model=m) for m, r in per_user.items()]
+    columns = ["model", "group", "label", "users", "share", "mrr", "low", "high"]
+    pd.concat(parts)[columns].to_csv(results / "breakdowns.csv", index=False, float_format="%.6f")
+    rows = [{"model": m, "k": top.shape[1]} | list_figures(top, data.train, targets, vectors) for m, top in lists.items()]
+    pd.DataFrame(rows).rename(columns=lambda c: c.partition("@")[0]).to_csv(results / "lists.csv", index=False, float_format="%.6f")
+    found = pd.concat([modality_retrieval(net).assign(model=m) for m, net in nets.items()])
+    found[["model", *found.columns.drop("model")]].to_csv(results / "retrieval.csv", index=False, float_format="%.6f")
+
+# %% ../nbs/16_steps.ipynb #cell-024
 def evaluate(data: Data, prepared: Path, models: Path, raw: Path, params: Mapping, results: Path, predictions: Path) -> pd.DataFrame:
     "Rank the test targets with every model and write all results; returns the comparison in long form."
     h, targets, candidates, users = load_test(prepared, data)
@@ -182,7 +197,9 @@ def evaluate(data: Data, prepared: Path, models: Path, raw: Path, params: Mappin
             for name, use_id in MODELS.items()}
     baselines, sasrec_log = baseline_scorers(data, params)
     scorers = {name: net.scorer() for name, net in nets.items()} | baselines
-    per_user = {name: ranks(s, h, targets, candidates) for name, s in scorers.items()}
+    watched = {name: Watched(s, h) for name, s in scorers.items()}
+    per_user = {name: ranks(s, h, targets, candidates, shuffle=params["seed"]) for name, s in watched.items()}
+    shuffled = {name: r.pop("full_shuffled") for name, r in per_user.items()}
     rows = [(data.spec.name, name, params["seed"], protocol, metric, value) for name, both in per_user.items() for protocol, r in both.items() for metric, value in summarise(r).items()]
     table = pd.DataFrame(rows, columns=["dataset", "model", "seed", "protocol", "metric", "value"])
     results.mkdir(parents=True, exist_ok=True); predictions.mkdir(parents=True, exist_ok=True)
@@ -191,20 +208,23 @@ def evaluate(data: Data, prepared: Path, models: Path, raw: Path, params: Mappin
     (results / "metrics.json").write_text(json.dumps(nested, indent=1))
     (results / "llm_share.json").write_text(json.dumps({name: llm_share(net, h, targets) for name, net in nets.items()}, indent=1))
     (results / "quality.json").write_text((prepared / "quality.json").read_text())
+    behind(data, h, targets, {m: r["full"] for m, r in per_user.items()}, {m: w.lists for m, w in watched.items()}, nets, results)
+    ties = pd.DataFrame([(m, summarise(r["full"])["mrr"], summarise(shuffled[m])["mrr"]) for m, r in per_user.items()], columns=["model", "mrr", "mrr_shuffled"])
+    ties.to_csv(results / "ties.csv", index=False, float_format="%.6f")
     curves(models, sasrec_log).to_csv(results / "curves.csv", index=False, float_format="%.6f")
     pd.concat([pd.DataFrame({"model": m, "seed": params["seed"], "user": range(len(h)), **both}) for m, both in per_user.items()]).to_parquet(predictions / "ranks.parquet", index=False)
     shown = examples(data, raw, h, targets, users, {m: scorers[m] for m in ("unirec", "unirec_id", "sasrec")}, per_user, params["evaluate"]["examples"], params["seed"])
     (predictions / "examples.json").write_text(json.dumps(shown))
     return table
 
-# %% ../nbs/16_steps.ipynb #cell-023
+# %% ../nbs/16_steps.ipynb #cell-025
 def curves(models: Path, sasrec_log: list[dict]) -> pd.DataFrame:
     "Loss and valid MRR of every epoch of every trained model."
     logs = [(name, stage, json.loads((models / stage / f"{name}.log.json").read_text())) for stage in ("pretrain", "finetune") for name in MODELS]
     rows = [(name, stage, r["epoch"], r["loss"], r["mrr"], r["seconds"]) for name, stage, log in [*logs, ("sasrec", "baseline", sasrec_log)] for r in log]
     return pd.DataFrame(rows, columns=["model", "stage", "epoch", "loss", "mrr", "seconds"])
 
-# %% ../nbs/16_steps.ipynb #cell-025
+# %% ../nbs/16_steps.ipynb #cell-027
 def describe(data: Data, pictures: Mapping[str, bytes]) -> Callable[[int], dict]:
     "A function from an item index to what a page shows of it."
     text, category, image = data.spec.schema.of("text"), data.spec.schema.of("category"), data.spec.schema.of("image")
@@ -219,7 +239,7 @@ def describe(data: Data, pictures: Mapping[str, bytes]) -> Callable[[int], dict]
                 "detail": ", ".join(str(v) for a in category for v in (row[a.name] if row[a.name] is not None else [])), "picture": data_uri}
     return shown
 
-# %% ../nbs/16_steps.ipynb #cell-026
+# %% ../nbs/16_steps.ipynb #cell-028
 def examples(data: Data, raw: Path, h: Histories, targets: np.ndarray, users: list[str], scorers: Mapping[str, Callable], per_user: Mapping, count: int, seed: int) -> dict:
     "Histories and top tens of some users, drawn by seed."
     chosen = np.sort(np.random.default_rng(seed).choice(len(h), min(count, len(h)), replace=False))
@@ -234,7 +254,7 @@ def examples(data: Data, raw: Path, h: Histories, targets: np.ndarray, users: li
         {"user": users[u], "history": [shown(i) for i in h.items[h.offsets[u]:h.offsets[u + 1]][-20:].tolist()], "target": shown(int(targets[u])),
          "models": {m: ranked(m, k, u) for m in scorers}, "rank": {m: float(per_user[m]["full"][u]) for m in scorers}} for k, u in enumerate(chosen.tolist())]}
 
-# %% ../nbs/16_steps.ipynb #cell-028
+# %% ../nbs/16_steps.ipynb #cell-030
 def toy_params() -> dict:
     "Parameters of a toy run: 40 products, 60 customers, one epoch, two LLM layers. Its figures mean nothing."
     schema = {"title": {"type": "text"}, "brand": {"type": "category", "source": "details.Brand"}, "price": {"type": "number", "scale": "log"},
@@ -252,7 +272,7 @@ def toy_params() -> dict:
             "baselines": {"sasrec": {"model": {"width": 16, "length": 10, "steps": 4}, "fit": {"epochs": 2, "lr": 3e-3, "patience": 2}}, "markov": {}, "itemknn": {}, "mean_vectors": {}},
             "evaluate": {"negatives": 20, "examples": 3}}
 
-# %% ../nbs/16_steps.ipynb #cell-029
+# %% ../nbs/16_steps.ipynb #cell-031
 def toy(root: Path, upto: str = "evaluate", dataset: str = "toy") -> dict:
     "Run the steps on the toy in a folder, up to and including one of them; returns the parameters."
     params = toy_params()
