@@ -130,6 +130,7 @@ class TitleConfig:
         if self.llm.adapt not in ("lora", "frozen"): raise ValueError(f"llm.adapt is {self.llm.adapt!r}: a model that reads words is lora or frozen")
         if min(self.history, self.title_tokens, self.batch_tokens) < 1: raise ValueError(f"history, title_tokens and batch_tokens are at least 1, got {self}")
 
+# %% ../nbs/14_text_llm.ipynb #cell-016-0
 class TitleReader(nn.Module):
     "A language model that reads titles, and a projection of frozen text vectors as candidates."
     def __init__(self, config: TitleConfig, titles: list[str], vectors: np.ndarray,  # (N,) one an item; (N, D) their frozen text vectors
@@ -171,6 +172,7 @@ class TitleReader(nn.Module):
         "The query after each history."
         return self(self.prompts(items))
 
+# %% ../nbs/14_text_llm.ipynb #cell-016-1
 class TitleScorer:
     "A trained reader as a scorer; `model` and `log` (one row an epoch) stay at hand."
     def __init__(self, model: TitleReader, tokens: int = 4096):  # tokens read at a time
@@ -185,6 +187,7 @@ class TitleScorer:
         queries = torch.cat([model.query(items[p]) for p in parts])
         return (queries[torch.from_numpy(np.argsort(np.concatenate(parts)))] @ model.candidates().T).float().cpu()
 
+# %% ../nbs/14_text_llm.ipynb #cell-016-2
 def some_users(h: Histories, n: int,  # users that are drawn; 0 or more than there are: all
                seed: int) -> tuple[Histories, np.ndarray]:  # their events; (n,) their rows, ascending
     "A seeded sample of users that have a history."
@@ -283,6 +286,7 @@ class ReleasedConfig(TitleConfig):
     negatives: int = 9        # beside the target
     temperature: float = 0.07
 
+# %% ../nbs/14_text_llm.ipynb #cell-027-0
 class Released(TitleReader):
     "Titles and item tokens in a prompt, the mean of all states as the query."
     def __init__(self, titles: list[str], vectors: np.ndarray, catalogue: Catalogue, config: ReleasedConfig):
@@ -307,6 +311,7 @@ class Released(TitleReader):
         real = torch.arange(states.shape[1], device=there.device) < len(self.prompt) + batch["ends"].amax(1, keepdim=True) + 1 + k
         return self.read((states * real[..., None]).sum(1) / real.sum(1, keepdim=True))
 
+# %% ../nbs/14_text_llm.ipynb #cell-027-1
 def released_batches(train: Histories, model: Released, seed: int) -> Callable:  # epoch -> list of {"words", "ends", "items", "candidates" (B, 1 + negatives), "events", "tokens"}
     "One prompt a user: the last train event is the target, column 0 of its candidates; the negatives are drawn anew each epoch."
     users, c = np.flatnonzero(train.lengths > 1), model.config
@@ -324,6 +329,7 @@ def released_batches(train: Histories, model: Released, seed: int) -> Callable: 
                 for p in (parts[i] for i in rng.permutation(len(parts)))]
     return batches
 
+# %% ../nbs/14_text_llm.ipynb #cell-027-2
 def released_loss(model: Released, batch: dict[str, Tensor]) -> Tensor:
     "InfoNCE over each prompt's own candidates; a negative that is the target does not compete."
     own, rows = batch["candidates"][:, :1], batch["candidates"]
