@@ -1,4 +1,4 @@
-"""The evaluation: exact ranks over the whole catalogue for all users in batches, against one user at a time; its peak memory; and the share of a real evaluation that ranking takes."""
+"""The evaluation: exact ranks over the whole catalogue for all users in batches, against one user at a time, from given query vectors and with the model on both sides; its peak memory; and the share of a real evaluation that ranking takes."""
 import sys
 import time
 from collections.abc import Callable
@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.growth import catalogue, histories
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
 from unirec.datasets import SetSpec
-from unirec.hierarchy import EncoderConfig
-from unirec.metrics import expected_ranks, full_ranks, ranks
+from unirec.hierarchy import EncoderConfig, Events, last_batches
+from unirec.metrics import candidate_ranks, expected_ranks, full_ranks, ranks
 from unirec.recommender import LLMConfig, UniRec
 from unirec.splits import Histories
 from unirec.steps import load
@@ -22,6 +22,7 @@ from unirec.steps import load
 SIZE = {"users": 20_000, "items": 20_000, "width": 64, "history": 50, "candidates": 100}
 SLOW = 500  # users of the loop over the whole catalogue: its rate does not depend on their number
 WITH_LLM = 128  # users of an evaluation with the language model: nor does the share
+LOOP = 100  # users of the loop with the model in it
 
 
 def data(users: int, items: int, width: int, history: int, candidates: int, seed: int = 0) -> dict:
@@ -108,6 +109,36 @@ def share(net: UniRec, h: Histories, targets: np.ndarray, with_llm: bool) -> dic
     return {"users": len(h), "items": h.n_items, "seconds": total, "scorer_seconds": sum(spent), "share": 1 - sum(spent) / total}
 
 
+@torch.no_grad()
+def loop_with_model(net: UniRec, h: Histories, candidates: np.ndarray, with_llm: bool) -> list[int]:
+    "The released way with the model in it: for each user its history's items and its candidates are encoded, one prompt is read, the candidates are sorted; column 0 is the target."
+    net.eval()
+    events, found = Events.of(h), []
+    for u in range(len(h)):
+        batch, = last_batches(h, events, net.config.history, np.array([u]))
+        listed, place = torch.cat([torch.as_tensor(candidates[u]), batch["items"].flatten()]).unique(return_inverse=True)
+        tokens = net.items(net.catalogue, listed)
+        vectors, n = net.items.embed(tokens), candidates.shape[1]
+        query = net.query(tokens, batch | {"items": place[n:].view_as(batch["items"])}, with_llm, vectors)[0, 0]
+        order = torch.argsort(vectors[place[:n]] @ query, descending=True)
+        found.append((order == 0).nonzero().item() + 1)
+    return found
+
+
+def end_to_end(net: UniRec, h: Histories, targets: np.ndarray, with_llm: bool, pairs: int, slow: int) -> list[dict]:
+    "Users a second with the model on both sides: all ranks over the whole catalogue, items encoded once and users in batches, against one user at a time over 100 candidates."
+    users, rng = len(h), np.random.default_rng(0)
+    others = np.stack([rng.choice(h.n_items - 1, SIZE["candidates"] - 1, replace=False) for _ in range(users)])
+    drawn = np.concatenate([targets[:, None], others + (others >= targets[:, None])], 1)                        # any items but the target
+    few = some(h, min(slow, users))
+    inner = net.scorer(with_llm=with_llm)                                      # for the check only: the timed side makes its own
+    theirs, ours = np.array(loop_with_model(net, few, drawn, with_llm)), candidate_ranks(inner, few, drawn[:len(few)])
+    if (same := float((theirs == ours).mean())) < 0.95: raise RuntimeError(f"not the same computation: the share of equal ranks is {same:.2f}")
+    sides = {"full": lambda: full_ranks(net.scorer(with_llm=with_llm), h, targets), "loop": lambda: loop_with_model(net, few, drawn, with_llm)}
+    return [{"measure": "end to end", "side": f"{side}, {'with' if with_llm else 'without'} LLM", "pair": pair, "users": (n := users if side == "full" else len(few)), "items": h.n_items if side == "full" else SIZE["candidates"],
+             "seconds": s, "users_per_s": n / s, "same_sampled": same} for pair, both in enumerate(in_turn(sides, pairs)) for side, s in both.items()]
+
+
 def models(params: dict, quick: bool):
     "(name, model, histories, targets) of real evaluations; weights are fresh, time does not depend on them."
     encoder, llm = EncoderConfig(**params["model"]), LLMConfig(**params["llm"])
@@ -131,8 +162,10 @@ def measure(table: Table, size: dict, slow: int, pairs: int, real, repeats: int)
     table.add({"measure": "memory", "side": "full", "users": size["users"], "items": size["items"], **memory(build, size, runs=1)})
     for name, net, h, targets in real:
         for with_llm in (True, False):
+            short = (some(h, WITH_LLM), targets[:WITH_LLM]) if with_llm else (h, targets)
+            for row in end_to_end(net, *short, with_llm, repeats, WITH_LLM // 8 if with_llm else LOOP): table.add(row | {"model": name})
             for repeat in range(1 if with_llm else repeats):
-                table.add({"measure": "share", "side": f"{name}, {'with' if with_llm else 'without'} LLM", "pair": repeat, **(share(net, some(h, WITH_LLM), targets[:WITH_LLM], True) if with_llm else share(net, h, targets, False))})
+                table.add({"measure": "share", "side": f"{name}, {'with' if with_llm else 'without'} LLM", "pair": repeat, **share(net, *short, with_llm)})
     return pd.DataFrame(table.rows)
 
 
@@ -143,10 +176,13 @@ def main() -> None:
     size, slow = (SIZE | {"users": 500, "items": 1_000}, 50) if args.quick else (SIZE, SLOW)
     table = Table("evaluation", folder(args), quick=args.quick, size=size, model=params["model"], llm=params["llm"], data="made up: random vectors and histories; share: real MovieLens-100k histories and triplets, and made-up ones",
                   what="full: exact ranks over the whole catalogue in batches; full_and_sampled: those and the lists of 100; sampled: the lists of 100 alone, in batches; loop_sampled: one user at a time over 100 candidates; loop_full: one user at a time over the "
-                  "whole catalogue; scores by a product of query and item vectors; share: of an evaluation's time that is spent outside the model's scorer; memory in a fresh process, above the imports")
+                  "whole catalogue; scores by a product of query and item vectors; end to end: the model on both sides, the loop encodes each user's history and candidates and reads one prompt at a time; share: of an evaluation's time that is spent outside the model's scorer; memory in a fresh process, above the imports")
     rows = measure(table, size, slow, args.pairs or (2 if args.quick else 7), models(params, args.quick), 1 if args.quick else 3)
     rate = rows[rows.measure == "time"].pivot(index="pair", columns="side", values="users_per_s")
     for side in rate: say(f"{side:18s} {spread(rate[side])} users/s; {spread(rate[side] / rate.loop_sampled)} times the loop over 100 candidates")
+    for name, part in rows[rows.measure == "end to end"].groupby("model", sort=False):
+        rate = part.pivot(index="pair", columns="side", values="users_per_s")
+        for kind in ("without", "with"): say(f"{name}, {kind} LLM: {spread(rate[f'full, {kind} LLM'])} users/s over the whole catalogue, {spread(rate[f'full, {kind} LLM'] / rate[f'loop, {kind} LLM'])} times the loop over 100 candidates")
     say(rows[rows.measure == "memory"][["memory_mb", "step_mb"]].to_string(index=False))
     say(rows[rows.measure == "share"][["side", "users", "items", "seconds", "share"]].to_string(index=False))
 

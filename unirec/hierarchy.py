@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USER_LEVELS', 'PACES', 'EncoderConfig', 'ItemEncoder', 'Reconstruction', 'Events', 'training_batches', 'one_pass',
-           'last_batches', 'UserEncoder', 'operations', 'equal_compute']
+           'last_batches', 'reach', 'EventEncoder', 'RecentItems', 'UserEncoder', 'operations', 'equal_compute']
 
 # %% ../nbs/09_hierarchy.ipynb #cell-003
 from dataclasses import dataclass, replace
@@ -88,6 +88,14 @@ class ItemEncoder(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:  # (n, K_item, width) -> (n, out)
         "Candidate embeddings of length 1."
         return F.normalize(self.centre(self.head(tokens.flatten(1))), dim=-1)
+
+    @torch.no_grad()
+    def settle(self, c: Catalogue) -> None:
+        "Centre and scale, from now on, by the exact mean and variance of the catalogue as evaluation encodes it, not by running ones of training."
+        training = self.training
+        x = self.eval().head(self(c).flatten(1))
+        self.centre.running_mean.copy_(x.mean(0)); self.centre.running_var.copy_(x.var(0))
+        self.train(training)
 
     @torch.no_grad()
     def attention(self, c: Catalogue, items: Tensor | None = None) -> Tensor:  # (n, K_item, A), zero where there is no triplet
@@ -190,29 +198,27 @@ def last_batches(h: Histories, events: Events, history: int, users: np.ndarray, 
     return out
 
 # %% ../nbs/09_hierarchy.ipynb #cell-025
-class UserEncoder(nn.Module):
-    "Events of histories -> user tokens (B, P, K_user, width) and their pooled query (B, P, out)."
+def reach(batch: dict[str, Tensor], longest: int,  # of `Events.batch`; events that a distance can count
+          ) -> tuple[Tensor, Tensor]:              # (B, P, T) bool, (B, P, T) long
+    "Which events each position sees, and how many events ago they were."
+    position, event = batch["positions"][..., None], torch.arange(batch["items"].shape[1], device=batch["items"].device)
+    return (event <= position) & batch["present"][:, None], (position - event).clamp(0, longest - 1)
+
+# %% ../nbs/09_hierarchy.ipynb #cell-026
+class EventEncoder(nn.Module):
+    "Item, time, rating and review of an event -> what the user level reads (B, T, S, width); S = 1, or the attributes of an item where `flat`."
     def __init__(self, catalogue: Catalogue, config: EncoderConfig):
         super().__init__()
-        self.config, heads = config, config.heads if config.user_level != "none" else 1
-        self.start = nn.Linear(config.width, config.user_tokens * config.width) if config.condition and config.user_level == "qformer" else None
-        self.recent_bias = nn.Parameter(-torch.tensor(PACES)[:, None] * torch.arange(config.history)) if config.recent else None
-        self.recent_weight = nn.Parameter(torch.full((len(PACES),), 1 / len(PACES))) if config.recent else None
-        self.triplets = TripletEncoder(catalogue, config.triplets) if config.user_level == "flat" else None
-        self.item = nn.Linear(config.item_tokens * config.width, config.width) if config.user_level != "flat" else None
-        self.time, self.rating = nn.Linear(11, config.width), nn.Linear(2, config.width)
-        self.review = nn.Linear(catalogue.reviews.shape[1], config.width) if len(catalogue.reviews) else None
-        self.norm, self.dropout = nn.LayerNorm(config.width), nn.Dropout(config.dropout)
-        self.recency = nn.Parameter(torch.zeros(heads, config.history))
-        with torch.no_grad(): self.recency -= torch.linspace(0.05, 1.0, heads)[:, None] * torch.arange(config.history).float().sqrt()
-        self.qformer = QFormer(config.level(config.user_tokens, config.user_layers)) if config.user_level != "none" else None
-        self.head = nn.Linear(config.user_tokens * config.width, config.out)
-        if config.recent:
-            with torch.no_grad(): self.head.weight *= 0.1; self.head.bias.zero_()     # the means come first
+        flat, width = config.user_level == "flat", config.width
+        self.triplets = TripletEncoder(catalogue, config.triplets) if flat else None
+        self.item = None if flat else nn.Linear(config.item_tokens * width, width)
+        self.time, self.rating = nn.Linear(11, width), nn.Linear(2, width)
+        self.review = nn.Linear(catalogue.reviews.shape[1], width) if len(catalogue.reviews) else None
+        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(config.dropout)
 
-    def event_vectors(self, c: Catalogue, tokens: Tensor,  # (B, T, K_item, width) item tokens of the events
-                      batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # (B, T, S, width), (B, T, S) bool; S = 1, or the attributes of an item where flat
-        "What the user level reads of each event."
+    def forward(self, c: Catalogue, tokens: Tensor,  # (B, T, K_item, width) item tokens of the events
+                batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # (B, T, S, width), (B, T, S) bool
+        "Vectors, and where there is one."
         x = self.time(batch["time"]) + self.rating(batch["rating"])
         if self.review is not None: x = x + self.review(c.reviews[batch["review"].clamp_min(0)]) * (batch["review"] >= 0)[..., None]
         if self.triplets is None: x, there = (x + self.item(tokens.flatten(2)))[:, :, None], batch["present"][..., None]
@@ -222,21 +228,48 @@ class UserEncoder(nn.Module):
             x, there = x[:, :, None] + h[place], mask[place] & batch["present"][..., None]
         return self.dropout(self.norm(x)), there
 
-    def forward(self, c: Catalogue, tokens: Tensor, batch: dict[str, Tensor],
-                maps: list | None = None) -> Tensor:                                     # maps gets the attention weights (B, H, P*K, T*S)
+# %% ../nbs/09_hierarchy.ipynb #cell-027
+class RecentItems(nn.Module):
+    "Two means of the candidate embeddings of the events up to each position, weighted by a learned function of the distance; their weighted sum."
+    def __init__(self, history: int):
+        super().__init__()
+        self.bias = nn.Parameter(-torch.tensor(PACES)[:, None] * torch.arange(history))
+        self.weight = nn.Parameter(torch.full((len(PACES),), 1 / len(PACES)))
+
+    def forward(self, vectors: Tensor, batch: dict[str, Tensor]) -> Tensor:  # (B, T, out) -> (B, P, out)
+        "What lies near the recent items."
+        visible, distance = reach(batch, self.bias.shape[1])
+        weights = self.bias[:, distance].masked_fill(~visible, torch.finfo(vectors.dtype).min).softmax(-1)            # (paces, B, P, T)
+        return (self.weight @ weights.flatten(1)).view(weights.shape[1:]).to(vectors.dtype) @ vectors
+
+# %% ../nbs/09_hierarchy.ipynb #cell-028
+class UserEncoder(nn.Module):
+    "Events of histories -> user tokens (B, P, K_user, width) and their pooled query (B, P, out)."
+    def __init__(self, catalogue: Catalogue, config: EncoderConfig):
+        super().__init__()
+        self.config, width, some = config, config.width, config.user_level != "none"
+        self.events = EventEncoder(catalogue, config)
+        self.start = nn.Linear(width, config.user_tokens * width) if config.condition and config.user_level == "qformer" else None
+        paces = torch.linspace(0.05, 1.0, config.heads if some else 1)[:, None]
+        self.recency = nn.Parameter(-paces * torch.arange(config.history).float().sqrt())
+        self.qformer = QFormer(config.level(config.user_tokens, config.user_layers)) if some else None
+        self.head, self.recent = nn.Linear(config.user_tokens * width, config.out), RecentItems(config.history) if config.recent else None
+        if config.recent:
+            with torch.no_grad(): self.head.weight *= 0.1; self.head.bias.zero_()     # the means come first
+
+    def forward(self, c: Catalogue, tokens: Tensor, batch: dict[str, Tensor],  # tokens (B, T, K_item, width)
+                maps: list | None = None) -> Tensor:                           # maps gets the attention weights (B, H, P*K, T*S)
         "User tokens (B, P, K_user, width) of every position."
-        x, there = self.event_vectors(c, tokens, batch)
-        position, event = batch["positions"][..., None], torch.arange(x.shape[1], device=x.device)
-        visible = ((event <= position)[..., None] & there[:, None]).flatten(2)            # (B, P, T*S)
-        distance = (position - event).clamp(0, self.config.history - 1)                   # (B, P, T)
-        bias = self.recency[:, distance].movedim(0, 1).repeat_interleave(x.shape[2], -1)  # (B, H, P, T*S)
-        if self.qformer is not None: return self.qformer(x.flatten(1, 2), visible, bias, maps, None if self.start is None else self.first(x[:, :, 0], batch["positions"]))
+        (x, there), (visible, distance) = self.events(c, tokens, batch), reach(batch, self.config.history)
+        visible = (visible[..., None] & there[:, None]).flatten(2)                                      # (B, P, T*S)
+        bias = self.recency[:, distance].movedim(0, 1).repeat_interleave(x.shape[2], -1)                # (B, H, P, T*S)
+        if self.qformer is not None: return self.qformer(x.flatten(1, 2), visible, bias, maps, self.first(x[:, :, 0], batch["positions"]))
         weights = bias[:, 0].masked_fill(~visible, torch.finfo(bias.dtype).min).softmax(-1) * visible
         return (weights @ x[:, :, 0])[:, :, None]
 
-    def first(self, x: Tensor,              # (B, T, width) events
-              positions: Tensor) -> Tensor:  # (B, P) -> (B, P, K_user, width)
-        "What the last event of every position adds to the learned queries."
+    def first(self, x: Tensor, positions: Tensor) -> Tensor | None:  # (B, T, width) events, (B, P) -> (B, P, K_user, width)
+        "What the last event of every position adds to the learned queries; None without `condition`."
+        if self.start is None: return None
         last = x.gather(1, positions.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
         return self.start(last).unflatten(-1, (self.config.user_tokens, -1))
 
@@ -244,19 +277,11 @@ class UserEncoder(nn.Module):
              vectors: Tensor | None = None,           # (B, T, out) candidate embeddings of the events' items; needed, as the events, with `recent`
              batch: dict[str, Tensor] | None = None,  # the events
              ) -> Tensor:                             # (B, P, out)
-        "One vector per position, not normalised: what the tokens say, and the mean of the recent items."
+        "One vector per position, not normalised: what the tokens say, and the means of the recent items."
         said = self.head(user_tokens.flatten(2))
-        return said if self.recent_bias is None else said + self.mean_recent(vectors, batch)
+        return said if self.recent is None else said + self.recent(vectors, batch)
 
-    def mean_recent(self, vectors: Tensor, batch: dict[str, Tensor]) -> Tensor:  # (B, T, out) -> (B, P, out)
-        "Means of the candidate embeddings of the events up to each position, weighted by a learned function of the distance; their weighted sum."
-        position, event = batch["positions"][..., None], torch.arange(vectors.shape[1], device=vectors.device)
-        visible = (event <= position) & batch["present"][:, None]
-        distance = (position - event).clamp(0, self.config.history - 1)
-        weights = self.recent_bias[:, distance].masked_fill(~visible, torch.finfo(vectors.dtype).min).softmax(-1)     # (paces, B, P, T)
-        return (self.recent_weight @ weights.flatten(1)).view(weights.shape[1:]).to(vectors.dtype) @ vectors
-
-# %% ../nbs/09_hierarchy.ipynb #cell-031
+# %% ../nbs/09_hierarchy.ipynb #cell-034
 def operations(catalogue: Catalogue, config: EncoderConfig, batch: dict[str, Tensor]) -> int:  # batch: of `Events.batch`
     "Floating-point operations of one forward pass: the batch's distinct items and its positions (counted by torch, biases, norms and softmax are left out)."
     items, users = ItemEncoder(catalogue, config).eval(), UserEncoder(catalogue, config).eval()
@@ -266,7 +291,7 @@ def operations(catalogue: Catalogue, config: EncoderConfig, batch: dict[str, Ten
         users.pool(users(catalogue, tokens[place], batch), items.embed(tokens)[place], batch)
     return counter.get_total_flops()
 
-# %% ../nbs/09_hierarchy.ipynb #cell-032
+# %% ../nbs/09_hierarchy.ipynb #cell-035
 def equal_compute(catalogue: Catalogue, config: EncoderConfig,   # whose count is to be met
                   control: EncoderConfig,                        # who gets more (or fewer) layers on the user level
                   batch: dict[str, Tensor],

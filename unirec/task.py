@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SOFTMAX', 'MODES', 'LossConfig', 'item_vectors', 'already_had', 'next_item_loss', 'pair_loss', 'step_loss',
-           'Objective', 'code_hash', 'data_hash', 'train']
+           'MovingAverage', 'Objective', 'code_hash', 'data_hash', 'train']
 
 # %% ../nbs/14_task.ipynb #cell-003
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -137,16 +138,49 @@ def step_loss(model: UniRec, batch: dict[str, Tensor], config: LossConfig, recon
     return {"loss": loss + shared, "shared": shared, **parts}
 
 # %% ../nbs/14_task.ipynb #cell-022
+class MovingAverage(nn.Module):
+    "Moving averages of a module's trainable weights."
+    def __init__(self, module: nn.Module, decay: float):
+        super().__init__()
+        if not 0 < decay < 1: raise ValueError(f"average is {decay}: expected a decay between 0 and 1 a step, 0.99 for instance, or 0 for none")
+        self.decay, self.names = decay, [n for n, p in module.named_parameters() if p.requires_grad]
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        for n, p in self.pairs(module): self.register_buffer(n, p.detach().clone())
+
+    def pairs(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        "Name of the average, and the weight."
+        own = dict(module.named_parameters())
+        return [(n.replace(".", "/"), own[n]) for n in self.names]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        "Follow the weights, where a step begins: as long as no weight has a gradient."
+        pairs = self.pairs(module)
+        if any(p.grad is not None for _, p in pairs): return
+        decay = ((1 + self.steps) / (10 + self.steps)).clamp(max=self.decay)
+        for n, p in pairs: getattr(self, n).lerp_(p.detach(), 1 - decay)
+        self.steps += 1
+
+    @torch.no_grad()
+    def swap(self, module: nn.Module) -> None:
+        "Averages into the module, weights out of it; the same again puts them back."
+        for n, p in self.pairs(module):
+            kept = p.detach().clone()
+            p.copy_(getattr(self, n)); getattr(self, n).copy_(kept)
+
+# %% ../nbs/14_task.ipynb #cell-025
 class Objective(nn.Module):
     "A model, its reconstruction head and its losses; called with a batch, it gives the losses."
     def __init__(self, model: UniRec, config: LossConfig, recon: Reconstruction | None = None,
-                 share: Tensor | None = None, groups: Tensor | None = None, frozen: bool = False):
+                 share: Tensor | None = None, groups: Tensor | None = None, frozen: bool = False,
+                 average: float = 0.0):  # decay a step of the moving average of the weights; 0: none
         super().__init__()
         self.model, self.config, self.recon, self.frozen, self.table = model, config, recon, frozen, None
         self.register_buffer("share", share, persistent=False); self.register_buffer("groups", groups, persistent=False)
         if frozen:
             if model.llm is None: raise ValueError("a frozen encoder without an LLM: nothing would be trained")
             for part in (model.items, model.users, model.temperature): part.requires_grad_(False)
+        self.average = MovingAverage(model, average) if average else None
 
     def train(self, mode: bool = True) -> "Objective":
         super().train(mode)
@@ -156,16 +190,26 @@ class Objective(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.frozen and self.table is None:
             with torch.no_grad(): self.table = self.model.items(self.model.catalogue)
+        if self.average is not None and self.training: self.average.update(self.model)
         return step_loss(self.model, batch, self.config, self.recon, self.table, self.share, self.groups)
 
-# %% ../nbs/14_task.ipynb #cell-025
+    @contextmanager
+    def settled(self) -> Iterator[UniRec]:
+        "The model as it is evaluated and saved: averaged weights, and the catalogue's exact means."
+        if self.average is not None: self.average.swap(self.model)
+        if not self.frozen: self.model.items.settle(self.model.catalogue)
+        try: yield self.model
+        finally:
+            if self.average is not None: self.average.swap(self.model)
+
+# %% ../nbs/14_task.ipynb #cell-028
 def code_hash() -> str:
     "sha256 over the package's modules that training depends on."
     names = ("encoders", "triplets", "qformer", "fusion", "hierarchy", "objectives", "llm", "recommender", "metrics", "resume", "training", "task", "splits", "store")
     folder = Path(os.path.realpath(__import__("unirec").__file__)).parent
     return hashlib.sha256(b"".join((folder / f"{n}.py").read_bytes() for n in names)).hexdigest()
 
-# %% ../nbs/14_task.ipynb #cell-026
+# %% ../nbs/14_task.ipynb #cell-029
 def data_hash(data) -> str:  # data: `unirec.steps.Data`
     "sha256 over what training reads: train and valid events, triplets and vectors."
     digest, c = hashlib.sha256(), data.catalogue
@@ -174,7 +218,7 @@ def data_hash(data) -> str:  # data: `unirec.steps.Data`
     for t in (*c.tables.values(), c.attr, c.value, c.mask, c.names, c.types, c.in_train, c.reviews): digest.update(t.cpu().contiguous().numpy())
     return digest.hexdigest()
 
-# %% ../nbs/14_task.ipynb #cell-027
+# %% ../nbs/14_task.ipynb #cell-030
 MODES = ("decoupled", "frozen_encoder", "end_to_end")
 
 def train(data,                         # `unirec.steps.Data`: has no way to the test split
@@ -189,6 +233,7 @@ def train(data,                         # `unirec.steps.Data`: has no way to the
           desc: str = "train",
           frozen: bool = False,         # train the LLM part alone
           state: Path | None = None,    # a file in which a killed run goes on
+          average: float = 0.0,         # decay a step of the moving average of the weights, which is validated and saved; 0: none
           ) -> list[dict]:              # one row per epoch
     "Train one model with early stop on valid, save it, return its log."
     torch.manual_seed(fit_config.seed)
@@ -198,17 +243,18 @@ def train(data,                         # `unirec.steps.Data`: has no way to the
     n, seen = len(data.catalogue), torch.as_tensor(data.train.items)
     share = torch.bincount(seen, minlength=n).float() / len(seen) if loss.softmax == "in_batch" else None
     near = near_duplicates(torch.as_tensor(item_vectors(data.catalogue)), loss.duplicates) if loss.duplicates else None
-    whole = Objective(model, loss, Reconstruction(data.catalogue, encoder) if loss.recon else None, share, near, frozen)
+    whole = Objective(model, loss, Reconstruction(data.catalogue, encoder) if loss.recon else None, share, near, frozen, average)
     events = Events.of(data.train)
     epoch_batches = lambda e: [b | {"tokens": model.count_tokens(b)} for b in training_batches(data.train, events, encoder.history, batches["positions"], batches["size"], fit_config.seed, e, batches["steps"])[:batches.get("most") or None]]
-    validate = lambda m: summarise(full_ranks(m.model.scorer(), data.train, data.valid_targets))
+    def validate(m: Objective) -> dict:
+        with m.settled() as ready: return summarise(full_ranks(ready.scorer(), data.train, data.valid_targets))
     use = {f"model.{k}": dict(v) for k, v in (groups or {}).items() if any(name.startswith(k) and p.requires_grad for name, p in model.named_parameters())}
-    settings = [asdict(x) if x else None for x in (encoder, fit_config, loss, llm)] + [dict(batches), use, frozen, str(start and hashlib.sha256(start.read_bytes()).hexdigest())]
+    settings = [asdict(x) if x else None for x in (encoder, fit_config, loss, llm)] + [dict(batches), use, frozen, average, str(start and hashlib.sha256(start.read_bytes()).hexdigest())]
     key = hashlib.sha256(json.dumps([settings, data_hash(data), code_hash()]).encode()).hexdigest() if state else ""
     fastest = [SDPBackend.MATH] if not torch.accelerator.is_available() else list(SDPBackend.__members__.values())
     with sdpa_kernel(fastest):                                            # short sequences: on a CPU the fused kernel's backward is slower
         log = fit(whole, epoch_batches, lambda m, b: m(b), validate, fit_config, use, desc, count_start=start is not None, state=state, key=key)
     if int(os.environ.get("RANK", 0)) == 0:                               # one of several processes writes
-        model.save(out)
+        with whole.settled(): model.save(out)
         out.with_suffix(".log.json").write_text(json.dumps(log, indent=1))
     return log
