@@ -6,7 +6,8 @@ import torch
 
 from unirec.baselines import itemknn, markov, mean_vectors, popularity
 from unirec.metrics import full_ranks, summarise
-from unirec.sequential import BPRConfig, GRU4RecConfig, SASRecConfig, bpr, gru4rec, sasrec
+from unirec.bpr import BPRConfig, bpr
+from unirec.sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
 from unirec.splits import Histories
 from unirec.training import FitConfig
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from unirec.llm import LLMConfig, load_llm
 from unirec.splits import Histories
-from unirec.text_llm import (Released, ReleasedConfig, TextLLM, TextLLMConfig, TitleScorer, by_length, lay_out, probe, released_batches, released_loss, some_users, text_loss, title_batches,
-                             title_tokens)
+from unirec.released import Released, ReleasedConfig, released_batches, released_loss
+from unirec.text_llm import TextLLM, TextLLMConfig, TitleScorer, by_length, lay_out, probe, some_users, text_loss, title_batches, title_tokens
 from unirec.triplets import toy_catalogue
 
 LLM = {"layers": 1, "dropout": 0.0}

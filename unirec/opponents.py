@@ -25,17 +25,19 @@ import yaml
 from filelock import FileLock
 
 from .baselines import itemknn, markov, mean_vectors, popularity
+from .bpr import BPRConfig, bpr
 from .datasets import SetSpec, download, locate
 from .experiments import digest, override
 from .fingerprint import code_key
 from .hierarchy import EncoderConfig
 from .metrics import full_ranks, summarise
 from .recommender import LLMConfig, UniRec
-from .sequential import BPRConfig, GRU4RecConfig, SASRecConfig, bpr, gru4rec, sasrec
+from .released import ReleasedConfig, released
+from .sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
 from .steps import MODELS, Data, embed, finetune, prepare, pretrain, toy_params
 from .store import Catalogue
 from .task import item_vectors
-from .text_llm import ReleasedConfig, TextLLMConfig, released, text_llm
+from .text_llm import TextLLMConfig, text_llm
 from .training import FitConfig
 
 # %% ../nbs/18_opponents.ipynb #cell-006
