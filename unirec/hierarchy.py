@@ -38,7 +38,8 @@ class EncoderConfig:
     item_tokens: int = 4      # K_item
     user_tokens: int = 4      # K_user
     cross_every: int = 1      # cross-attention in every n-th layer
-    dropout: float = 0.2
+    dropout: float = 0.4      # of the user level, drawn for every event anew
+    item_dropout: float = 0.0  # of the item level: one draw an item and step, the same in all histories and as a candidate
     history: int = 50         # events that are read, at most
     use_id: bool = False      # `unirec_id`
     attribute_dropout: float = 0.1  # chance that a triplet is left out in training
@@ -60,14 +61,20 @@ class EncoderConfig:
         if self.fusion not in FUSIONS: raise ValueError(f"fusion {self.fusion!r}: use one of {', '.join(FUSIONS)}")
         if self.user_level == "none": self.user_tokens = 1
 
-    def level(self, queries: int, layers: int = 0) -> QFormerConfig:
-        "The shape of one level."
-        return QFormerConfig(self.width, self.width, layers or self.layers, self.heads, queries, self.cross_every, dropout=self.dropout)
+    @property
+    def item_shape(self) -> QFormerConfig:
+        "The shape of the item Q-Former."
+        return QFormerConfig(self.width, self.width, self.layers, self.heads, self.item_tokens, self.cross_every, dropout=self.item_dropout)
+
+    @property
+    def user_shape(self) -> QFormerConfig:
+        "The shape of the user Q-Former."
+        return QFormerConfig(self.width, self.width, self.user_layers or self.layers, self.heads, self.user_tokens, self.cross_every, dropout=self.dropout)
 
     @property
     def triplets(self) -> TripletConfig:
         "The settings of the triplet encoder."
-        return TripletConfig(self.width, self.use_id, self.attribute_dropout, self.id_dropout, self.dropout, form=self.triplet, names=self.names, modality_dropout=self.modality_dropout)
+        return TripletConfig(self.width, self.use_id, self.attribute_dropout, self.id_dropout, self.item_dropout, form=self.triplet, names=self.names, modality_dropout=self.modality_dropout)
 
 # %% ../nbs/09_hierarchy.ipynb #cell-009
 class ItemEncoder(nn.Module):
@@ -75,7 +82,7 @@ class ItemEncoder(nn.Module):
     def __init__(self, catalogue: Catalogue, config: EncoderConfig):
         super().__init__()
         self.residual, self.triplets = config.residual, TripletEncoder(catalogue, config.triplets)
-        self.qformer = make_fusion(config.fusion, config.level(config.item_tokens))
+        self.qformer = make_fusion(config.fusion, config.item_shape)
         self.head = nn.Linear(config.item_tokens * config.width, config.out, bias=False)    # centred next: a bias would be taken off again
         self.centre = nn.BatchNorm1d(config.out, affine=False)
 
@@ -252,7 +259,7 @@ class UserEncoder(nn.Module):
         self.start = nn.Linear(width, config.user_tokens * width) if config.condition and config.user_level == "qformer" else None
         paces = torch.linspace(0.05, 1.0, config.heads if some else 1)[:, None]
         self.recency = nn.Parameter(-paces * torch.arange(config.history).float().sqrt())
-        self.qformer = QFormer(config.level(config.user_tokens, config.user_layers)) if some else None
+        self.qformer = QFormer(config.user_shape) if some else None
         self.head, self.recent = nn.Linear(config.user_tokens * width, config.out), RecentItems(config.history) if config.recent else None
         if config.recent:
             with torch.no_grad(): self.head.weight *= 0.1; self.head.bias.zero_()     # the means come first

@@ -100,6 +100,7 @@ class TripletEncoder(nn.Module):
         self.ids = nn.Embedding(len(catalogue), config.width) if config.use_id else None
         for table in self.modules():
             if isinstance(table, nn.Embedding): nn.init.normal_(table.weight, std=0.5)
+        if self.ids is not None: nn.init.normal_(self.ids.weight, std=0.02)          # an id says nothing before it has learned something
         self.join, self.norm, self.dropout = Join(config.form, config.width), nn.LayerNorm(config.width), nn.Dropout(config.value_dropout)
         self.register_buffer("type_of", types, persistent=False)
 
