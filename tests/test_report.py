@@ -259,7 +259,7 @@ def test_without_a_comparison_one_line_says_what_makes_it(files):
         (files / f"results/made_up/{name}.csv").unlink()
     build(files, sets={"made_up": SETS["made_up"]}, wanted={"made_up": 40})
     text = (files / "reports/index.html").read_text()
-    assert "has not been run here: 0 of 40 runs are recorded; `make compare` makes it" in text
+    assert "has not been run here: 0 of 40 runs are recorded; make compare makes it" in text
     assert 'class="standing"' not in text and 'class="behind"' not in text and "Smallest difference found" not in text
 
 
