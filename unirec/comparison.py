@@ -247,6 +247,7 @@ def summary(root: Path = Path("."), prune: bool = False) -> pd.DataFrame:  # pru
             table = pd.concat(tables)
             table = table[["dataset", "protocol", "ranks", "best_by", *table.columns.difference(["dataset", "protocol", "ranks", "best_by"], sort=False)]]
             table.to_csv(root / "results" / dataset / "compare.csv", index=False, float_format="%.6g")
+            (root / "results" / dataset / "compare.json").write_text(json.dumps({"recorded": len(rows), "wanted": len(wanted)}) + "\n")
             out.append(table)
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 

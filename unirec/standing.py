@@ -8,6 +8,7 @@ __all__ = ['SPLITS', 'COMPARE', 'VERDICTS', 'RULES', 'BREAKDOWNS', 'LISTS', 'TIE
            'standing_markdown', 'standing_view', 'behind_view']
 
 # %% ../nbs/15_standing.ipynb #cell-002
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,10 +120,12 @@ def overall(
 def progress(
     results: Path,  # results folder
     dataset: str,
-    wanted: int | None = None,  # how many runs the comparison has on this data set; None: not known
+    wanted: int | None = None,  # how many runs the comparison has on this data set; None: as its summary says, if there is one
 ) -> str:
     "How many runs of a data set are recorded, and what to do about the others"
     folder = Path(results) / dataset
+    if wanted is None and (folder / "compare.json").is_file():
+        wanted = json.loads((folder / "compare.json").read_text())["wanted"]
     there, done = (folder / "compare.csv").is_file(), 0
     if (folder / "runs.csv").is_file():
         done = len(read_rows(folder / "runs.csv", ["model", "seed", "protocol"], "seed")[["protocol", "seed", "model"]].drop_duplicates())
@@ -220,11 +223,11 @@ def behind_view(
     retrieval, ties = read_rows(files["retrieval"], RETRIEVAL, "items"), read_rows(files["ties"], TIES, "mrr_shuffled")
     models = [name for name in order if name in set(groups["model"])]
     chosen = [name for name in models if name.startswith("unirec")] + [name for name in models if not name.startswith("unirec")][:2]
-    drawn = groups[groups["model"].isin(chosen) & ~groups["group"].str.startswith("no ")]
-    drawn = drawn.sort_values("model", key=lambda names: names.map(chosen.index), kind="stable")
-    cells = {(row.model, row.group, row.label): f"{row.mrr:.4f} ({row.low:.4f} to {row.high:.4f})" for row in groups.itertuples()}
     parts = groups.drop_duplicates(["group", "label"])
     parts = parts[parts.duplicated("group", keep=False)]  # one label for everybody tells nothing
+    drawn = groups[groups["model"].isin(chosen) & groups["group"].isin(parts["group"]) & ~groups["group"].str.startswith("no ")]
+    drawn = drawn.sort_values("model", key=lambda names: names.map(chosen.index), kind="stable")
+    cells = {(row.model, row.group, row.label): f"{row.mrr:.4f} ({row.low:.4f} to {row.high:.4f})" for row in groups.itertuples()}
     table = [{"name": f"{re.sub('^no ', 'target lacks ', row.group)}: {row.label}", "users": int(row.users), "cells": [cells.get((name, row.group, row.label), "–") for name in chosen]} for row in parts.itertuples()]
     words = "MRR by groups of users: " + ", ".join(f"{row.model} {row.group} {row.label} {row.mrr:.4f}" for row in drawn.itertuples())
     plot = inline_svg(plot_groups(drawn), f"{salt} groups", words) if len(drawn) else None
