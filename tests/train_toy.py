@@ -48,7 +48,7 @@ def build(dropout: float) -> torch.nn.ModuleDict:
     "Stage 1: a UniRec without LLM, and the reconstruction head."
     torch.manual_seed(3)
     catalogue = toy_catalogue(12)
-    encoder = EncoderConfig(width=16, out=16, layers=1, heads=2, item_tokens=2, user_tokens=2, dropout=dropout, history=HISTORY, attribute_dropout=dropout)
+    encoder = EncoderConfig(width=16, out=16, layers=1, heads=2, item_tokens=2, user_tokens=2, dropout=dropout, history=HISTORY, attribute_dropout=dropout, again=False)
     return torch.nn.ModuleDict({"model": UniRec(catalogue, encoder), "recon": Reconstruction(catalogue, encoder)})
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['USER_LEVELS', 'PACES', 'EncoderConfig', 'ItemEncoder', 'Reconstruction', 'Events', 'training_batches', 'one_pass',
-           'last_batches', 'reach', 'EventEncoder', 'RecentItems', 'UserEncoder', 'operations', 'equal_compute']
+           'last_batches', 'reach', 'already_had', 'EventEncoder', 'RecentItems', 'UserEncoder', 'operations',
+           'equal_compute']
 
 # %% ../nbs/09_hierarchy.ipynb #cell-003
 from dataclasses import dataclass, replace
@@ -53,6 +54,7 @@ class EncoderConfig:
     residual: bool = True     # is the mean of an item's triplets added to its tokens? False: BLIP-2's plain form
     recent: bool = True       # is the mean of the recent items' candidate embeddings added to the pooled query? False: the user tokens alone
     condition: bool = True    # do the user level's queries start from the last event? False: from learned vectors alone
+    again: bool = True        # does an item gain a learned amount by being in the history? False: the cosine alone
     temperature: float = 0.07  # of the contrast, at the start
     learn_temperature: bool = True
 
@@ -211,7 +213,15 @@ def reach(batch: dict[str, Tensor], longest: int,  # of `Events.batch`; events t
     position, event = batch["positions"][..., None], torch.arange(batch["items"].shape[1], device=batch["items"].device)
     return (event <= position) & batch["present"][:, None], (position - event).clamp(0, longest - 1)
 
-# %% ../nbs/09_hierarchy.ipynb #cell-026
+# %% ../nbs/09_hierarchy.ipynb #cell-027
+def already_had(batch: dict[str, Tensor], n: int  # `items` of the batch are numbers below n
+                ) -> Tensor:                      # (B, P, n) bool
+    "Which items each position's history has (of the window that is read)."
+    visible = reach(batch, batch["items"].shape[1])[0]
+    rows = torch.where(visible, batch["items"][:, None], n)                                  # what is not visible goes into a column of its own
+    return torch.zeros(*rows.shape[:2], n + 1, dtype=torch.bool, device=rows.device).scatter_(2, rows, True)[..., :n]
+
+# %% ../nbs/09_hierarchy.ipynb #cell-029
 class EventEncoder(nn.Module):
     "Item, time, rating and review of an event -> what the user level reads (B, T, S, width); S = 1, or the attributes of an item where `flat`."
     def __init__(self, catalogue: Catalogue, config: EncoderConfig):
@@ -235,7 +245,7 @@ class EventEncoder(nn.Module):
             x, there = x[:, :, None] + h[place], mask[place] & batch["present"][..., None]
         return self.dropout(self.norm(x)), there
 
-# %% ../nbs/09_hierarchy.ipynb #cell-027
+# %% ../nbs/09_hierarchy.ipynb #cell-030
 class RecentItems(nn.Module):
     "Two means of the candidate embeddings of the events up to each position, weighted by a learned function of the distance; their weighted sum."
     def __init__(self, history: int):
@@ -249,7 +259,7 @@ class RecentItems(nn.Module):
         weights = self.bias[:, distance].masked_fill(~visible, torch.finfo(vectors.dtype).min).softmax(-1)            # (paces, B, P, T)
         return (self.weight @ weights.flatten(1)).view(weights.shape[1:]).to(vectors.dtype) @ vectors
 
-# %% ../nbs/09_hierarchy.ipynb #cell-028
+# %% ../nbs/09_hierarchy.ipynb #cell-031
 class UserEncoder(nn.Module):
     "Events of histories -> user tokens (B, P, K_user, width) and their pooled query (B, P, out)."
     def __init__(self, catalogue: Catalogue, config: EncoderConfig):
@@ -288,7 +298,7 @@ class UserEncoder(nn.Module):
         said = self.head(user_tokens.flatten(2))
         return said if self.recent is None else said + self.recent(vectors, batch)
 
-# %% ../nbs/09_hierarchy.ipynb #cell-034
+# %% ../nbs/09_hierarchy.ipynb #cell-037
 def operations(catalogue: Catalogue, config: EncoderConfig, batch: dict[str, Tensor]) -> int:  # batch: of `Events.batch`
     "Floating-point operations of one forward pass: the batch's distinct items and its positions (counted by torch, biases, norms and softmax are left out)."
     items, users = ItemEncoder(catalogue, config).eval(), UserEncoder(catalogue, config).eval()
@@ -298,7 +308,7 @@ def operations(catalogue: Catalogue, config: EncoderConfig, batch: dict[str, Ten
         users.pool(users(catalogue, tokens[place], batch), items.embed(tokens)[place], batch)
     return counter.get_total_flops()
 
-# %% ../nbs/09_hierarchy.ipynb #cell-035
+# %% ../nbs/09_hierarchy.ipynb #cell-038
 def equal_compute(catalogue: Catalogue, config: EncoderConfig,   # whose count is to be met
                   control: EncoderConfig,                        # who gets more (or fewer) layers on the user level
                   batch: dict[str, Tensor],

@@ -35,14 +35,16 @@ def info_nce(query: Tensor,            # (M, D) of length 1
              temperature: Tensor,      # scalar
              log_q: Tensor | None = None,   # (N,) log of the chance that a candidate is in the list; None: all are there
              ignore: Tensor | None = None,  # (M, N) bool, True = a false negative, which does not compete
+             bonus: Tensor | None = None,   # (M, N) what a candidate gains beyond its cosine
              ) -> Tensor:              # scalar, nats
     "Mean InfoNCE over the queries; Oord et al. 2018, with logQ correction (Yi et al. 2019)."
-    scores = query @ candidates.T / temperature
+    scores = query @ candidates.T
+    scores = (scores if bonus is None else scores + bonus) / temperature
     if log_q is not None: scores = scores - log_q.expand_as(scores).scatter(1, target[:, None], 0.0)
     if ignore is not None: scores = scores.masked_fill(ignore.scatter(1, target[:, None], False), -torch.inf)
     return F.cross_entropy(scores.float(), target) if len(target) else scores.float().sum()
 
-# %% ../nbs/11_objectives.ipynb #cell-017
+# %% ../nbs/11_objectives.ipynb #cell-019
 def sample_catalogue(targets: Tensor,   # (M,) long item index
                      n_items: int,
                      negatives: int,    # uniform draws beside the targets
@@ -57,7 +59,7 @@ def sample_catalogue(targets: Tensor,   # (M,) long item index
     log_q = torch.cat([torch.zeros_like(own, dtype=torch.float), torch.full_like(extra, math.log(chance), dtype=torch.float)])
     return torch.cat([own, extra]), row, log_q
 
-# %% ../nbs/11_objectives.ipynb #cell-022
+# %% ../nbs/11_objectives.ipynb #cell-024
 def in_batch(targets: Tensor,  # (M,) long item index
              share: Tensor,    # (N,) float, share of each item among the train targets; above 0 for every target
              ) -> tuple[Tensor, Tensor, Tensor]:  # items (C,), row of each target (M,), log_q (C,)
@@ -65,7 +67,7 @@ def in_batch(targets: Tensor,  # (M,) long item index
     items, row = targets.unique(return_inverse=True)
     return items, row, torch.log(-torch.expm1(len(targets) * torch.log1p(-share[items])))
 
-# %% ../nbs/11_objectives.ipynb #cell-033
+# %% ../nbs/11_objectives.ipynb #cell-035
 def near_duplicates(vectors: Tensor,   # (N, D) one vector an item; all zero = nothing is known
                     threshold: float,  # cosine from which two items are the same, in (0, 1]
                     block: int = 2 ** 22,  # similarities in memory at a time
@@ -81,7 +83,7 @@ def near_duplicates(vectors: Tensor,   # (N, D) one vector an item; all zero = n
         if len(i): group = connected_components(coo_array((np.ones(len(i)), (i, j)), shape=(group.max() + 1,) * 2), directed=False)[1][group]
     return torch.as_tensor(group, dtype=torch.long, device=vectors.device)
 
-# %% ../nbs/11_objectives.ipynb #cell-038
+# %% ../nbs/11_objectives.ipynb #cell-040
 def false_negatives(groups: Tensor,           # (N,) long, group of every item
                     target_items: Tensor,     # (M,) long
                     candidate_items: Tensor,  # (C,) long
@@ -89,7 +91,7 @@ def false_negatives(groups: Tensor,           # (N,) long, group of every item
     "True where the candidate is another item of the target's group."
     return (groups[target_items][:, None] == groups[candidate_items]) & (target_items[:, None] != candidate_items)
 
-# %% ../nbs/11_objectives.ipynb #cell-041
+# %% ../nbs/11_objectives.ipynb #cell-043
 POSITIVES = ("views", "next", "co")  # what is a positive pair in stage 1
 
 def item_pairs(kind: str,        # next or co
@@ -110,7 +112,7 @@ def item_pairs(kind: str,        # next or co
     both = present & (n > 1)
     return items[both], items.gather(1, other)[both]
 
-# %% ../nbs/11_objectives.ipynb #cell-044
+# %% ../nbs/11_objectives.ipynb #cell-046
 def two_views(a: Tensor,  # (N, D) embeddings of one side of N pairs (two views of an item, or two items of a history), length 1
               b: Tensor,  # (N, D) of the other side
               temperature: Tensor,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .hierarchy import EncoderConfig, Events, ItemEncoder, UserEncoder, last_batches
+from .hierarchy import EncoderConfig, Events, ItemEncoder, UserEncoder, already_had, last_batches
 from .llm import LLMConfig, adapted, load_llm
 from .objectives import Temperature
 from .splits import Histories
@@ -172,7 +172,7 @@ class Scorer:
         if self.known[0] is not h: self.known = h, Events.of(h)
         batches = last_batches(h, self.known[1], self.history, users, size=64)
         batches = ({k: v.to(self.tokens.device) for k, v in b.items()} for b in batches)
-        return torch.cat([self.model.query(self.tokens, b, self.with_llm, self.candidates)[:, 0] for b in batches]) @ self.candidates.T
+        return torch.cat([self.model.scores(self.model.query(self.tokens, b, self.with_llm, self.candidates), self.candidates, b)[:, 0] for b in batches])
 
 # %% ../nbs/10_recommender.ipynb #cell-035
 class UniRec(Checkpointed):
@@ -181,6 +181,7 @@ class UniRec(Checkpointed):
         super().__init__()
         self.config, self.catalogue = config, catalogue
         self.items, self.users = ItemEncoder(catalogue, config), UserEncoder(catalogue, config)
+        self.again = nn.Parameter(torch.zeros(())) if config.again else None
         self.temperature = Temperature(config.temperature, learn=config.learn_temperature)
         self.llm = PackedLLM(llm, config) if llm and llm.adapt != "none" else None
         self.gate = nn.Parameter(torch.tensor(float(llm.gate))) if self.llm is not None and llm.query == "residual" else None
@@ -209,6 +210,14 @@ class UniRec(Checkpointed):
         "Query embeddings (B, P, out) of length 1."
         pooled, spoken = self.parts(tokens, batch, with_llm, vectors)
         return F.normalize(pooled if spoken is None else spoken if self.gate is None else pooled + spoken, dim=-1)
+
+    def scores(self, query: Tensor,       # (B, P, out) of length 1
+               candidates: Tensor,        # (N, out) of length 1
+               batch: dict[str, Tensor],  # the histories, `items` are rows of `candidates`
+               ) -> Tensor:               # (B, P, N)
+        "The cosine, and what an item gains by being in the history."
+        scores = query @ candidates.T
+        return scores if self.again is None else scores + self.again * already_had(batch, len(candidates))
 
     def scorer(self, history: int | None = None, with_llm: bool = True) -> Scorer:
         "A function (histories, users) -> scores (B, N) for the evaluation; items are encoded once."

@@ -25,7 +25,7 @@ from .breakdowns import Watched, by_group, list_figures, modality_retrieval, tar
 from .datasets import READERS, SetSpec, download
 from .encoders import ImageEncoder, TextEncoder, keep_memory
 from .hierarchy import EncoderConfig, Events, last_batches
-from .metrics import full_ranks, history_mask, ranks, summarise
+from .metrics import expected_ranks, history_mask, ranks, summarise
 from .recommender import LLMConfig, UniRec
 from .sequential import SASRecConfig, sasrec
 from .splits import Histories, in_order, k_core, leave_one_out, sample_candidates, split_hash, train_aggregate
@@ -162,18 +162,17 @@ def baseline_scorers(data: Data, params: Mapping) -> tuple[dict[str, Callable], 
 @torch.no_grad()
 def llm_share(model: UniRec, h: Histories, targets: np.ndarray) -> dict:
     "How much of the query and of the MRR comes from the LLM."
-    model.eval()
-    tokens = model.items(model.catalogue)
-    vectors, events, found = model.items.embed(tokens), Events.of(h), []
-    for batch in last_batches(h, events, model.config.history, np.arange(len(h)), 64):                 # both queries from one pass of the LLM
-        pooled, spoken = (x if x is None else x[:, 0] for x in model.parts(tokens, batch, vectors=vectors))
+    tokens, events, found = model.eval().items(model.catalogue), Events.of(h), []
+    vectors, alone = model.items.embed(tokens), model.llm is not None and model.gate is None          # alone: query: llm, nothing else is in the query
+    for users in np.array_split(np.arange(len(h)), -(-len(h) // 64)):                                 # both queries from one pass of the LLM
+        batch, hidden = last_batches(h, events, model.config.history, users, len(users))[0], history_mask(h, users)
+        pooled, spoken = model.parts(tokens, batch, vectors=vectors)
         spoken = torch.zeros_like(pooled) if spoken is None else spoken
-        whole = spoken if model.llm is not None and model.gate is None else pooled + spoken
-        found.append((pooled, whole, spoken.norm(dim=-1) / (pooled.norm(dim=-1) + spoken.norm(dim=-1))))
-    pooled, whole, share = (torch.cat(x) for x in zip(*found))
-    mrr = lambda query: summarise(full_ranks(lambda _, users: F.normalize(query[users], dim=-1) @ vectors.T, h, targets))["mrr"]
-    alone = model.llm is not None and model.gate is None                                                # query: llm, nothing else is in the query
-    return {"mrr": mrr(whole), "mrr_without_llm": mrr(pooled), "norm_share": 1.0 if alone else float(share.mean()), "gate": None if alone else float(model.gate or 0)}
+        rank = lambda query: expected_ranks(model.scores(F.normalize(query, dim=-1), vectors, batch)[:, 0], targets[users], hidden)
+        share = spoken.norm(dim=-1) / (pooled.norm(dim=-1) + spoken.norm(dim=-1))
+        found.append((rank(spoken if alone else pooled + spoken), rank(pooled), share[:, 0].numpy()))
+    whole, without, share = (np.concatenate(x) for x in zip(*found))
+    return {"mrr": summarise(whole)["mrr"], "mrr_without_llm": summarise(without)["mrr"], "norm_share": 1.0 if alone else float(share.mean()), "gate": None if alone else float(model.gate or 0)}
 
 # %% ../nbs/16_steps.ipynb #cell-023
 def behind(data: Data, h: Histories, targets: np.ndarray, per_user: Mapping[str, np.ndarray],  # model -> (U,) ranks
