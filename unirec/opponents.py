@@ -27,14 +27,13 @@ from filelock import FileLock
 from .baselines import itemknn, markov, mean_vectors, popularity
 from .bpr import BPRConfig, bpr
 from .datasets import SetSpec, download, locate
-from .experiments import digest, override
+from .experiments import both_stages, override
 from .fingerprint import code_key
-from .hierarchy import EncoderConfig
 from .metrics import full_ranks, summarise
-from .recommender import LLMConfig, UniRec
+from .recommender import UniRec
 from .released import ReleasedConfig, released
 from .sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
-from .steps import MODELS, Data, embed, finetune, prepare, pretrain, toy_params
+from .steps import MODELS, Data, embed, prepare, toy_params
 from .store import Catalogue
 from .task import item_vectors
 from .text_llm import TextLLMConfig, text_llm
@@ -135,36 +134,19 @@ def train_baseline(name: str, data: Data, settings: Mapping,  # parameters of it
     return Trained(scorer, found, len(log), log[-1]["stopped"] if log else "", seconds, size)
 
 # %% ../nbs/18_opponents.ipynb #cell-014
-def _stage(folder: Path, step: Callable) -> float:
-    "Run a stage whose folder is not finished; the seconds that it took then."
-    if not (folder / "seconds.json").exists():
-        start = time.perf_counter()
-        step()
-        (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
-    return json.loads((folder / "seconds.json").read_text())
-
-# %% ../nbs/18_opponents.ipynb #cell-015
 def train_unirec(name: str, data: Data, params: Mapping,  # all of params.yaml, with the seed
                  cache: Path,                             # folder of the stages
                  content: str,                            # what names data and code
                  budget: float = 0) -> Trained:
     "Both stages of UniRec on train, with early stop on valid."
-    params, end_to_end = deepcopy(dict(params)), params["finetune"]["mode"] == "end_to_end"
-    if budget: params["pretrain"]["fit"]["budget_seconds"] = budget
-    first = cache / f"stage1-{digest(content, name, {k: params[k] for k in ('model', 'pretrain', 'seed')})}"
-    seconds = 0.0 if end_to_end else _stage(first, lambda: pretrain(data, params, first, first / "states", (name,)))
-    if budget: params["finetune"]["fit"]["budget_seconds"] = max(1.0, budget - seconds)
-    second = cache / f"stage2-{digest(first.name, {k: params[k] for k in ('llm', 'finetune')})}"
-    seconds += _stage(second, lambda: finetune(data, params, first, second, second / "states", (name,)))
-    encoder = EncoderConfig(**params["model"], use_id=MODELS[name])
-    net = UniRec(data.catalogue, encoder, LLMConfig(**params["llm"])).restore(second / f"{name}.safetensors")
-    others = {} if net.llm is None else {"without_llm": net.scorer(with_llm=False)}
-    if not end_to_end: others["stage1"] = UniRec(data.catalogue, encoder).restore(first / f"{name}.safetensors").scorer()
-    logs = [json.loads((f / f"{name}.log.json").read_text()) for f in ((second,) if end_to_end else (first, second))]
+    done = both_stages(name, data, params, cache, content, budget)
+    net, others = done.net, {} if done.net.llm is None else {"without_llm": done.net.scorer(with_llm=False)}
+    if done.first: others["stage1"] = UniRec(data.catalogue, net.config).restore(done.first / f"{name}.safetensors").scorer()
     found, size = summarise(full_ranks(net.scorer(), data.train, data.valid_targets))["mrr"], sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return Trained(net.scorer(), found, sum(r["epoch"] > 0 or r["seconds"] > 0 for log in logs for r in log), logs[-1][-1]["stopped"], seconds, size, others, net)
+    epochs = sum(r["epoch"] > 0 or r["seconds"] > 0 for r in done.log)
+    return Trained(net.scorer(), found, epochs, done.log[-1]["stopped"], sum(done.seconds), size, others, net)
 
-# %% ../nbs/18_opponents.ipynb #cell-017
+# %% ../nbs/18_opponents.ipynb #cell-016
 def settings_of(params: Mapping, model: str, dataset: str, changes: Mapping | None = None,  # of a trial; None: those that were chosen
                 seed: int = 0) -> dict:
     "Everything that params.yaml says about a model on a data set."
@@ -175,7 +157,7 @@ def settings_of(params: Mapping, model: str, dataset: str, changes: Mapping | No
     own = (c["settings"].get(c["carried"].get(dataset, dataset)) or {}).get(model) if changes is None else changes
     return merged(params["baselines"].get(model), (c.get("baselines") or {}).get(model), own, BASELINES[model].fixed)
 
-# %% ../nbs/18_opponents.ipynb #cell-018
+# %% ../nbs/18_opponents.ipynb #cell-017
 def data_key(data: Data, folder: Path,  # prepared tables
              store: Path,               # vectors and their manifest
              vectors: bool) -> str:
@@ -191,7 +173,7 @@ def data_key(data: Data, folder: Path,  # prepared tables
     for part in (data.train, data.valid): h.update(np.nan_to_num(part.ratings, nan=-1.0))
     return h.hexdigest()[:16]
 
-# %% ../nbs/18_opponents.ipynb #cell-019
+# %% ../nbs/18_opponents.ipynb #cell-018
 def model_code(model: str) -> str:
     "A hash of the code that trains a model; how raw files are read is not part of it: the data has its own key."
     return code_key(*(("steps.pretrain", "steps.finetune") if model in MODELS else BASELINES[model].parts), stop=["datasets"])
@@ -200,14 +182,14 @@ def reads_vectors(model: str) -> bool:
     "Does it see more than ids?"
     return model in MODELS or bool(BASELINES[model].reads)
 
-# %% ../nbs/18_opponents.ipynb #cell-021
+# %% ../nbs/18_opponents.ipynb #cell-020
 def lock(root: Path, name: str) -> FileLock:
     "A lock that several processes share."
     folder = root / "experiments" / "cache" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / f"{name}.lock")
 
-# %% ../nbs/18_opponents.ipynb #cell-022
+# %% ../nbs/18_opponents.ipynb #cell-021
 def ready(root: Path, params: Mapping, dataset: str) -> bool:
     "Are tables and vectors of a data set there? Makes those of a set with source `extra:`; raises FileNotFoundError for a set that the pipeline makes."
     prepared, store, raw = root / "prepared" / dataset, root / "embeddings" / dataset, root / "experiments/cache/raw" / dataset
@@ -226,7 +208,7 @@ def ready(root: Path, params: Mapping, dataset: str) -> bool:
         embed(prepared, raw, spec, params["encode"], store)
     return True
 
-# %% ../nbs/18_opponents.ipynb #cell-024
+# %% ../nbs/18_opponents.ipynb #cell-023
 def toy_comparison(root: Path) -> dict:
     "Prepared tables, vectors and a params.yaml with the blocks `compare` and `tune`, for the toy without its pictures and an UniRec without LLM."
     params = toy_params() | {"compare": {"datasets": ["toy"], "seeds": [0, 1], "protocols": ["leave_one_out", "last5"], "models": ["popularity", "markov", "sasrec", "unirec"], "carried": {},
