@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'all_runs', 'hold_out', 'Loaded', 'load_for', 'table_bytes', 'run_key', 'run_code', 'rank_table', 'held_out',
            'figures', 'do_run', 'read_runs', 'read_ranks', 'record', 'write', 'compare', 'present_runs', 'whole_seeds',
-           'versus', 'summary', 'main']
+           'first_times', 'versus', 'summary', 'main']
 
 # %% ../nbs/19_comparison.ipynb #cell-003
 import argparse
@@ -209,11 +209,21 @@ def present_runs(root: Path, params: Mapping, dataset: str, found: Mapping[str, 
 
 # %% ../nbs/19_comparison.ipynb #cell-035
 def whole_seeds(rows: pd.DataFrame, drawn: list[str]) -> pd.DataFrame:  # rows of one data set and protocol; models that have seeds
-    "The rows of seeds that every trained model has, and those of models that draw nothing."
-    seeds = [set(part.seed) for model, part in rows.groupby("model") if model in drawn]
-    return rows[~rows.model.isin(drawn) | rows.seed.isin(set.intersection(*seeds) if seeds else set())]
+    "The seeds that most trained models have, of the models that have them all, and the rows of models that draw nothing."
+    seeds = {model: set(part.seed) for model, part in rows.groupby("model") if model in drawn}
+    kept = {s for s in set().union(*seeds.values()) if 2 * sum(s in own for own in seeds.values()) > len(seeds)}
+    whole = {model for model, own in seeds.items() if kept <= own}
+    return rows[~rows.model.isin(drawn) | (rows.model.isin(whole) & rows.seed.isin(kept))]
 
-# %% ../nbs/19_comparison.ipynb #cell-036
+# %% ../nbs/19_comparison.ipynb #cell-039
+def first_times(prepared: Path) -> pd.DataFrame:  # user, position: test events whose item is new to the user
+    "Which test events are no repeats."
+    parts = {p: pd.read_parquet(prepared / f"{p}.parquet", columns=["user", "item"]) for p in ("train", "valid", "test")}
+    again = pd.concat(parts, names=["part", "row"]).duplicated()["test"]
+    test = parts["test"].assign(position=parts["test"].groupby("user").cumcount() + 1)
+    return test.loc[~again.to_numpy(), ["user", "position"]]
+
+# %% ../nbs/19_comparison.ipynb #cell-041
 def versus(rows: pd.DataFrame, ranked: pd.DataFrame) -> pd.DataFrame:  # one data set and protocol
     "Every model against the best opponent by valid, and against the best one by test."
     means = rows.groupby("model", sort=False)[["valid_mrr", "full_mrr", "seconds", "parameters"]].mean()
@@ -221,20 +231,20 @@ def versus(rows: pd.DataFrame, ranked: pd.DataFrame) -> pd.DataFrame:  # one dat
     if opponents.empty: raise ValueError("no opponent among the runs: nothing to compare with")
     chosen, out = {}, []
     for by, column in (("valid", "valid_mrr"), ("test", "full_mrr")): chosen.setdefault(opponents[column].idxmax(), []).append(by)
-    for column in [c for c in ranked if (c in ("full", "full_shuffled") or c.startswith("sampled")) and ranked[c].notna().all()]:
+    for column in [c for c in ranked if (c in ("full", "full_shuffled", "full_new") or c.startswith("sampled")) and ranked[c].notna().all()]:
         for reference, by in chosen.items():
             table = compare_models(ranked, reference, column)
             out.append(table.assign(ranks=column, best_by=" and ".join(by)).join(means[["valid_mrr", "seconds", "parameters"]], on="model"))
     return pd.concat(out).sort_values(["ranks", "best_by", "mrr"], ascending=[True, True, False], kind="stable")
 
-# %% ../nbs/19_comparison.ipynb #cell-037
+# %% ../nbs/19_comparison.ipynb #cell-042
 def summary(root: Path = Path("."), prune: bool = False) -> pd.DataFrame:  # prune: drop what is not of the present settings, code and data
     "Write `results/<data set>/compare.csv` from the runs that are there, and say what is missing."
     params, out = yaml.safe_load((root / "params.yaml").read_text()), []
     drawn = [m for m in params["compare"]["models"] if m in MODELS or BASELINES[m].drawn]
     for dataset in params["compare"]["datasets"]:
         found = {p: load_for(root, params, dataset, p) for p in params["compare"]["protocols"] if p in set(read_runs(root, dataset).get("protocol", ()))}
-        rows, tables = present_runs(root, params, dataset, found), []
+        rows, tables, waiting = present_runs(root, params, dataset, found), [], {}
         wanted, all_rows = [(p, s, m) for p, s, d, m in all_runs(params) if d == dataset], len(read_runs(root, dataset))
         moved = sum(found[r.protocol] is not None and r.vectors != found[r.protocol].vectors for r in rows.itertuples() if reads_vectors(r.model))
         print(f"{dataset}: {len(rows)} of {len(wanted)} runs, {all_rows - len(rows)} rows of other settings, code or data left out" + (f", {moved} with vectors that differ in some bits" if moved else ""))
@@ -242,16 +252,23 @@ def summary(root: Path = Path("."), prune: bool = False) -> pd.DataFrame:  # pru
         if prune and 0 < len(rows) < all_rows: write(root / "results" / dataset, rows, ranked)
         for protocol, part in rows.groupby("protocol", sort=False) if len(rows) else ():
             part = whole_seeds(part, drawn)
-            if not part.model.isin(MODELS).all(): tables.append(versus(part, ranked[ranked.run.isin(part.run)]).assign(dataset=dataset, protocol=protocol))
+            if part.model.isin(MODELS).all(): continue
+            theirs = ranked[ranked.run.isin(part.run)]
+            both = [versus(part, theirs)]
+            if found[protocol] is not None:
+                new = theirs.merge(first_times(found[protocol].prepared))
+                if 0 < len(new) < len(theirs): both.append(versus(part, new[["run", "model", "seed", "user", "position", "full"]].rename(columns={"full": "full_new"})))
+            tables += [t.assign(dataset=dataset, protocol=protocol) for t in both]
+            waiting[protocol] = {m: int(n) for m, n in rows[rows.protocol == protocol].groupby("model").seed.nunique().items() if m not in set(part.model)}
         if tables:
             table = pd.concat(tables)
             table = table[["dataset", "protocol", "ranks", "best_by", *table.columns.difference(["dataset", "protocol", "ranks", "best_by"], sort=False)]]
             table.to_csv(root / "results" / dataset / "compare.csv", index=False, float_format="%.6g")
-            (root / "results" / dataset / "compare.json").write_text(json.dumps({"recorded": len(rows), "wanted": len(wanted)}) + "\n")
+            (root / "results" / dataset / "compare.json").write_text(json.dumps({"recorded": len(rows), "wanted": len(wanted), "waiting": waiting}) + "\n")
             out.append(table)
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
-# %% ../nbs/19_comparison.ipynb #cell-040
+# %% ../nbs/19_comparison.ipynb #cell-045
 def main(argv: list[str] | None = None) -> None:
     "`python -m unirec.comparison`"
     parser = argparse.ArgumentParser(prog="python -m unirec.comparison", description="Run what the comparison of params.yaml has not run yet, and summarise it.")
@@ -267,5 +284,5 @@ def main(argv: list[str] | None = None) -> None:
     table = summary(prune=args.prune and args.summary)
     if len(table): print(table[table.ranks == "full"][["dataset", "protocol", "best_by", "model", "reference", "seeds", "mrr", "std", "difference", "low", "high", "holm_both", "verdict"]].round(4).to_string(index=False))
 
-# %% ../nbs/19_comparison.ipynb #cell-041
+# %% ../nbs/19_comparison.ipynb #cell-046
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

@@ -147,7 +147,7 @@ STANDING = """{% set told = set.standing %}<h3>Several seeds, tuned opponents</h
 {% if told.robust %}<details class="robust"><summary><h4>Under other rules</h4></summary><div><figure><div class="scroll" role="region" tabindex="0" aria-label="Models under other rules on {{ set.name }}"><table><caption>Models under other rules on {{ set.name }}</caption>
 <thead><tr><th scope="col">model</th>{% for head in told.robust.heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in told.robust.rows %}<tr{% if row.ours %} class="ours"{% endif %}><th scope="row">{{ row.model }}</th>{% for cell in row.cells %}<td>{% if cell %}{{ cell.mrr }} <small>{{ cell.verdict }}</small>{% else %}–{% endif %}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div><figcaption>MRR on test and the verdict against the same kind of reference: the best opponent on valid. Ties shuffled: equal scores in random order instead of at their average.</figcaption></figure></div></details>{% endif %}
+{% endfor %}</tbody></table></div><figcaption>MRR on test and the verdict against the same kind of reference: the best opponent on valid. Ties shuffled: equal scores in random order instead of at their average.{% if "new to the user" in told.robust.heads %} New to the user: without targets that the user had before. The ranking leaves out what a user has had, all but the target, so a model that puts everything from the history first finds those at no cost.{% endif %}</figcaption></figure></div></details>{% endif %}
 """
 
 # %% ../nbs/15_page.ipynb #cell-016

@@ -95,6 +95,9 @@ def said(
         return f"{'leads' if part > 0 else 'trails'} by {abs(part):.1%}" if part else "equals it"
     text = (f"{row['model']} (the best UniRec on valid) has a test MRR of {row['mrr']:.4f}, {base['model']} (the best opponent on valid) {base['mrr']:.4f}: UniRec {way(relative)}, "
             f"verdict: {row['verdict']} ({row['low']:+.4f} to {row['high']:+.4f}, p {p_text(row['holm_both'])} after Holm; a difference of {row['detectable']:.4f} would be found four times in five{'' if row['seeds'] > 1 else '; one seed, so nothing is known of others'}).")
+    new = against(table, protocol, "full_new").set_index("model")
+    if {row["model"], base["model"]} <= set(new.index):
+        text += f" Over the targets that the user has not had before: {new.loc[row['model'], 'mrr']:.4f} against {new.loc[base['model'], 'mrr']:.4f}, verdict: {new.loc[row['model'], 'verdict']}."
     other = against(table, protocol, by="test")
     other = other[other["model"] == row["model"]]
     if other.empty or other.iloc[0]["reference"] == base["model"]:
@@ -124,8 +127,10 @@ def progress(
 ) -> str:
     "How many runs of a data set are recorded, and what to do about the others"
     folder = Path(results) / dataset
-    if wanted is None and (folder / "compare.json").is_file():
-        wanted = json.loads((folder / "compare.json").read_text())["wanted"]
+    kept = json.loads((folder / "compare.json").read_text()) if (folder / "compare.json").is_file() else {}
+    wanted = wanted if wanted is not None else kept.get("wanted")
+    waiting = sorted({f"{model} ({seeds})" for models in kept.get("waiting", {}).values() for model, seeds in models.items()})
+    others = f" Outside the table, because they have fewer seeds than the others: {', '.join(waiting)}." if waiting else ""
     there, done = (folder / "compare.csv").is_file(), 0
     if (folder / "runs.csv").is_file():
         done = len(read_rows(folder / "runs.csv", ["model", "seed", "protocol"], "seed")[["protocol", "seed", "model"]].drop_duplicates())
@@ -133,11 +138,11 @@ def progress(
     if not there:
         return f"The full comparison has not been run here: {count}; `make compare` makes it."
     if wanted and done < wanted:
-        return f"The full comparison is not complete: {count}; `make compare` goes on with it."
-    return f"The full comparison: {count}."
+        return f"The full comparison is not complete: {count}; `make compare` goes on with it.{others}"
+    return f"The full comparison: {count}.{others}"
 
 # %% ../nbs/15_standing.ipynb #cell-024
-RULES = {("leave_one_out", "full"): "last event, full", ("leave_one_out", "full_shuffled"): "ties shuffled", ("leave_one_out", "sampled100"): "among 100", ("last5", "full"): "last five, full",
+RULES = {("leave_one_out", "full"): "last event, full", ("leave_one_out", "full_new"): "new to the user", ("leave_one_out", "full_shuffled"): "ties shuffled", ("leave_one_out", "sampled100"): "among 100", ("last5", "full"): "last five, full", ("last5", "full_new"): "last five, new to the user",
          ("last5", "full_shuffled"): "last five, ties shuffled"}  # (protocol, ranks) -> head of a column
 
 
