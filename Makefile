@@ -1,9 +1,9 @@
-# make repro | test | tune | compare | experiments | benchmarks | lab | readme | clean-env | help
+# make repro | test | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
 # Every job first sets up what it needs (see .ci/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env repro test tune compare experiments benchmarks lab readme clean-env
+.PHONY: help env repro test tune compare carry experiments benchmarks lab readme clean-env
 
 PYTHON ?=
 export PYTHON
@@ -36,6 +36,9 @@ tune:  ## tune the opponents on valid within the budget of params.yaml, and writ
 
 compare:  ## every model, five seeds, every data set: what has not run yet (a day; resumes), and the table
 	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); python -m unirec.comparison $(ARGS)
+
+carry:  ## keep runs of the comparison whose code changed and whose ranks did not: one seed of each is run again
+	@$(SETUP); python -m unirec.carried $(ARGS)
 
 experiments:  ## run what the files in experiments/ have not run yet (hours; resumes)
 	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); for file in experiments/*.yaml; do python -m unirec.experiments $$file; done

@@ -140,7 +140,7 @@ def do_run(root: Path, params: Mapping, found: Loaded, protocol: str, seed: int,
     return row | {"epochs": t.epochs, "stopped": t.stopped, "seconds": t.seconds, "parameters": t.parameters, "settings": json.dumps(told), "code": code, "data": content, "vectors": found.vectors}, table
 
 # %% ../nbs/19_comparison.ipynb #cell-025
-TEXTS = {c: str for c in ("run", "dataset", "model", "protocol", "stopped", "settings", "code", "data", "vectors")}
+TEXTS = {c: str for c in ("run", "dataset", "model", "protocol", "stopped", "settings", "code", "data", "vectors", "carried")}
 
 def read_runs(root: Path, dataset: str) -> pd.DataFrame:
     "The rows of a data set's runs; an empty table where there are none."
