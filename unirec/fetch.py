@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Patience', 'Refused', 'Passing', 'Stale', 'FetchError', 'own_trouble', 'beside', 'settle', 'write_json', 'read_json',
            'digest', 'stands', 'discard', 'resume', 'validator', 'retry_after', 'judge', 'continues', 'write_body',
-           'attempt', 'causes_of', 'tried', 'persist', 'checked', 'bring', 'fetch', 'fetch_hub', 'first_line']
+           'attempt', 'cause_of', 'tried', 'persist', 'checked', 'bring', 'fetch', 'fetch_hub', 'first_line']
 
 # %% ../nbs/01_fetch.ipynb #cell-003
 import errno
@@ -28,7 +28,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionResolutionError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError as BodyError, NameResolutionError
+from urllib3.exceptions import HTTPError as BodyError, NameResolutionError, ProtocolError
 
 # %% ../nbs/01_fetch.ipynb #cell-006
 @dataclass(frozen=True)
@@ -218,10 +218,11 @@ def attempt(session: requests.Session, url: str, path: Path, pinned: bool, patie
     if total is not None and size != total: raise Passing(f"cut after {size:,} of {total:,} bytes")
 
 # %% ../nbs/01_fetch.ipynb #cell-035
-def causes_of(error: Exception) -> Exception:
-    "The trouble of a library as Passing or Refused."
-    text = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>[^ ]*|\(Caused by |HTTPS?ConnectionPool\([^)]*\): ", "", str(error)).strip(" ):") or type(error).__name__
-    reason = getattr(error.args[0] if error.args else None, "reason", error)
+def cause_of(error: Exception) -> Exception:
+    "The trouble of a library as Passing or Refused, without addresses in memory."
+    reason = getattr(error.args[0] if error.args else None, "reason", error)   # of a connection that does not come about
+    text = str(reason.args[0] if isinstance(reason, ProtocolError) and reason.args else reason) or type(reason).__name__
+    text = re.sub(r"^(<[^<>]*>|HTTPS?Connection(Pool)?\([^)]*\)): ", "", text)
     if isinstance(reason, NameResolutionError): return Refused("no such host, or no network")
     if isinstance(error, requests.ConnectionError | requests.Timeout | BodyError | requests.exceptions.ChunkedEncodingError): return Passing(text)
     return Refused(text)
@@ -230,7 +231,7 @@ def causes_of(error: Exception) -> Exception:
 def tried(*args) -> None:
     "One attempt, its trouble as Passing or Refused; takes what `attempt` takes."
     try: attempt(*args)
-    except (requests.RequestException, BodyError) as e: raise causes_of(e) from None
+    except (requests.RequestException, BodyError) as e: raise cause_of(e) from None
 
 # %% ../nbs/01_fetch.ipynb #cell-038
 def persist(session: requests.Session, url: str, path: Path, pinned: bool, patience: Patience, bar: tqdm | None) -> None:
