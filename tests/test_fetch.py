@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -28,7 +29,7 @@ from unirec.archives import gunzip, unzip
 from unirec.datasets import SetSpec, clean_image, download
 from unirec.fetch import FetchError, Patience, beside, digest, fetch, fetch_hub, own_trouble, write_json
 from unirec.pictures import Limits, examine, fetch_pictures, packed, picture_urls
-from unirec.sources import SOURCES, ByHand, RawFile, Source, five_core, get
+from unirec.sources import SOURCES, ByHand, RawFile, Source, five_core, get, join_reviews
 from unirec.steps import prepare
 from unirec.store import picture_bytes
 
@@ -351,6 +352,14 @@ def test_a_full_disk_is_told_as_such(tmp_path):
     assert e.value.errno == errno.ENOSPC and not isinstance(e.value, FetchError)
 
 
+def test_a_disk_that_is_too_small_is_seen_before(server, tmp_path, monkeypatch):
+    server.routes["/f.bin"] = file()
+    monkeypatch.setattr("shutil.disk_usage", lambda p: types.SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=f"{len(BODY):,} bytes are to come, 1,000 are free: free some space"):
+        fetch([server.url("/f.bin")], tmp_path / "f.bin", patience=QUICK)
+    assert left(tmp_path) == []
+
+
 def child(code, *args):
     "A Python of its own that runs some lines."
     env = os.environ | {"PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
@@ -644,6 +653,37 @@ def test_a_zip_by_name(server, tmp_path, monkeypatch):
     monkeypatch.setitem(SOURCES, "small", Source("small", "none", "", (pinned,), SOURCES["movielens_zip"].make))
     get("small", tmp_path / "raw", tmp_path / "shelf", patience=QUICK)
     assert left(tmp_path / "raw") == ["README", "source.json", "u.data", "u.item"] and left(tmp_path) == ["raw", "shelf"]
+
+
+def test_every_event_of_a_list_finds_its_review(tmp_path):
+    "Thousands of events, raw in another order and among others: each line of the list gets its own text, and three that are not raw are counted."
+    rng = np.random.default_rng(1)
+    events = [(f"u{u}", f"i{i}", 1.0 + k % 5, 10**12 + k) for k, (u, i) in enumerate(rng.integers(0, 500, (3000, 2)))]
+    raw = [json.dumps({"user_id": u, "parent_asin": i, "rating": r, "timestamp": t + late, "text": f"{t + late}"}) for u, i, r, t in events[3:] for late in (0, 10**6)]
+    (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + "".join(f"{u}\t{i}\t{r}\t{t}.0\n" for u, i, r, t in [*events, events[9]]))
+    (tmp_path / "x.jsonl").write_text("\n".join(raw[i] for i in rng.permutation(len(raw))))  # no newline at the end
+    counts, items = join_reviews(tmp_path / "x.inter", tmp_path / "x.jsonl", tmp_path / "out.jsonl")
+    assert counts == {"events": 3001, "listed twice": 1, "without a raw review": 3, "raw reviews there again": 0} and items == {i for _, i, _, _ in events}
+    out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(r["user_id"], r["parent_asin"], r["rating"], r["timestamp"]) for r in out] == [*events, events[9]]
+    assert [r.get("text") for r in out[:3000]] == [None] * 3 + [str(t) for _, _, _, t in events[3:]]
+
+
+@pytest.mark.parametrize("text, row", [("", 1), ("user_id,item\n", 1), ("user_id,parent_asin,rating,timestamp\nu,i,5.0,1\nu,i", 3), ("user_id,parent_asin,rating,timestamp\nu,i,good,1\n", 2)])
+def test_a_bad_list_is_named_with_its_row(text, row, tmp_path):
+    (tmp_path / "x.csv").write_text(text)
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=f"x.csv, row {row}: expected"):
+        join_reviews(tmp_path / "x.csv", tmp_path / "x.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("line", ['{"user_id": "u", "parent_asin": "i", "timest', "[1]", "3", '{"user_id": "u"}', "null", "\ufeff"])
+def test_a_bad_raw_review_is_named_with_its_row(line, tmp_path):
+    (tmp_path / "x.csv").write_text("user_id,parent_asin,rating,timestamp\nu,i,5.0,1\n")
+    (tmp_path / "x.jsonl").write_text('{"user_id": "u", "parent_asin": "i", "timestamp": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match="x.jsonl, row 2: expected a review"):
+        join_reviews(tmp_path / "x.csv", tmp_path / "x.jsonl", tmp_path / "out.jsonl")
 
 
 def test_the_official_list_and_raw_files_give_the_reference_split(server, tmp_path, monkeypatch):

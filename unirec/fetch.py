@@ -211,6 +211,7 @@ def attempt(session: requests.Session, url: str, path: Path, pinned: bool, patie
         try: start, total = judge(r, have, note | {"same": note.get("url") == url}, path, pinned)
         except Stale: discard(part); raise
         if (total or 0) > patience.largest: raise Refused(f"{total:,} bytes are more than {patience.largest:,}")
+        if (total or 0) - start > (free := shutil.disk_usage(part.parent).free): raise OSError(errno.ENOSPC, f"{total - start:,} bytes are to come, {free:,} are free", str(part))
         write_json(beside(part, ".json"), {"url": url, "validator": validator(r.headers), "total": total})
         if bar is not None: bar.total, bar.n = total, start; bar.refresh()
         try: size = write_body(r, part, start, patience, bar)

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['AMAZON_HUB', 'AMAZON_SITES', 'AMAZON_LICENCE', 'GROUPLENS', 'YELP', 'SOURCES', 'RawFile', 'Source', 'downloads',
-           'from_place', 'obtain', 'read_interactions', 'locate_reviews', 'join_reviews', 'join_items', 'five_core',
-           'amazon2023', 'authors', 'amazon2014', 'movielens', 'original_movielens', 'ByHand', 'gather_files',
-           'copy_whole', 'get']
+           'from_place', 'obtain', 'read_interactions', 'event_key', 'locate_reviews', 'join_reviews', 'join_items',
+           'five_core', 'amazon2023', 'authors', 'amazon2014', 'movielens', 'original_movielens', 'ByHand',
+           'gather_files', 'copy_whole', 'get']
 
 # %% ../nbs/01_sources.ipynb #cell-003
+import hashlib
 import importlib.util
 import json
 import os
 import shutil
-from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
 
 from .archives import gunzip, unzip
 from .fetch import FetchError, Patience, beside, digest, fetch, fetch_hub, own_trouble, settle, stands, write_json
@@ -93,41 +96,48 @@ def read_interactions(path: Path) -> Iterator[tuple[str, str, float, int]]:  # u
             except (ValueError, IndexError): raise ValueError(f"{path.name}, row {row}: expected user, item, rating and time, got {line[:80]!r}; is the file whole?") from None
 
 # %% ../nbs/01_sources.ipynb #cell-014
-def locate_reviews(reviews: Path, rows: Mapping[tuple[str, str, int], int]  # (user, item, time) -> line of the list
-                   ) -> tuple[array, int]:  # byte at which each line's review starts, -1: none; reviews that are there again
-    "Where the raw reviews of a list are; raises ValueError that names file and row."
-    starts, again, place = array("q", [-1]) * len(rows), 0, 0
-    with reviews.open("rb") as f:
+def event_key(user: str, item: str, time: int) -> bytes:
+    "Sixteen bytes that stand for an event; the last is never zero, which numpy takes for padding."
+    return hashlib.blake2b(f"{user}\0{item}\0{time}".encode(), digest_size=15).digest() + b"."
+
+# %% ../nbs/01_sources.ipynb #cell-016
+def locate_reviews(reviews: Path,
+                   keys: np.ndarray,  # (K,) S16, sorted, distinct
+                   ) -> tuple[np.ndarray, int]:  # (K,) int64: byte at which the event's review starts, -1: none; reviews that are there again
+    "Where the raw reviews of some events are; raises ValueError that names file and row."
+    starts, again, place = np.full(len(keys), -1, np.int64), 0, 0
+    with reviews.open("rb") as f, tqdm(total=reviews.stat().st_size, unit="B", unit_scale=True, desc=reviews.name, disable=None) as bar:
         for number, line in enumerate(f, 1):
             if line.strip():
-                try:
-                    r = json.loads(line)
-                    row = rows.get((r["user_id"], r["parent_asin"], int(r["timestamp"])))
+                try: key = event_key((r := json.loads(line))["user_id"], r["parent_asin"], int(r["timestamp"]))
                 except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{reviews.name}, row {number}: expected a review with user_id, parent_asin and timestamp ({e!r}); is the file whole?") from None
-                if row is not None and starts[row] >= 0: again += 1
-                elif row is not None: starts[row] = place
+                at = int(keys.searchsorted(key))
+                if at < len(keys) and keys[at] == key:
+                    if starts[at] < 0: starts[at] = place
+                    else: again += 1
             place += len(line)
+            bar.update(len(line))
     return starts, again
 
-# %% ../nbs/01_sources.ipynb #cell-015
+# %% ../nbs/01_sources.ipynb #cell-017
 def join_reviews(interactions: Path, reviews: Path, out: Path) -> tuple[dict, set[str]]:  # counts; the items
     "Write the reviews of a 5-core list, in its order; raises ValueError where the two files do not belong together."
-    listed = list(read_interactions(interactions))
-    rows = {}
-    for user, item, _, time in listed: rows.setdefault((user, item, time), len(rows))
-    starts, again = locate_reviews(reviews, rows)
-    if listed and all(s < 0 for s in starts): raise ValueError(f"{interactions.name} and {reviews.name} have no event in common (user, item and time in ms): they do not belong together")
+    listed = np.array([event_key(u, i, t) for u, i, _, t in read_interactions(interactions)], "S16")
+    keys = np.unique(listed)
+    starts, again = locate_reviews(reviews, keys)
+    if len(keys) and starts.max() < 0: raise ValueError(f"{interactions.name} and {reviews.name} have no event in common (user, item and time in ms): they do not belong together")
+    items = set()
     with reviews.open("rb") as raw, beside(out, ".part").open("wb") as f:
-        for user, item, rating, time in listed:
-            start = starts[rows[user, item, time]]
+        for start, (user, item, rating, time) in zip(starts[keys.searchsorted(listed)], read_interactions(interactions), strict=True):
             if start < 0: line = json.dumps({"user_id": user, "parent_asin": item, "rating": rating, "timestamp": time}).encode()
             else: raw.seek(start); line = raw.readline().rstrip(b"\r\n")
             f.write(line + b"\n")
+            items.add(item)
     settle(beside(out, ".part"), out)
-    counts = {"events": len(listed), "listed twice": len(listed) - len(rows), "without a raw review": sum(s < 0 for s in starts), "raw reviews there again": again}
-    return counts, {item for _, item, _, _ in listed}
+    counts = {"events": len(listed), "listed twice": len(listed) - len(keys), "without a raw review": int((starts < 0).sum()), "raw reviews there again": again}
+    return counts, items
 
-# %% ../nbs/01_sources.ipynb #cell-016
+# %% ../nbs/01_sources.ipynb #cell-018
 def join_items(meta: Path, items: set[str], out: Path) -> dict:  # counts
     "Write the metadata of the items of a list; raises ValueError that names file and row."
     found = set()
@@ -140,7 +150,7 @@ def join_items(meta: Path, items: set[str], out: Path) -> dict:  # counts
     settle(beside(out, ".part"), out)
     return {"items": len(items), "items without metadata": len(items - found)}
 
-# %% ../nbs/01_sources.ipynb #cell-017
+# %% ../nbs/01_sources.ipynb #cell-019
 def five_core(stem: str, interactions: str) -> Callable[[Path, Path], dict]:
     "What makes `<stem>.jsonl` and `meta_<stem>.jsonl` of a 5-core list and the raw files."
     def make(fetched: Path, folder: Path) -> dict:
@@ -148,12 +158,12 @@ def five_core(stem: str, interactions: str) -> Callable[[Path, Path], dict]:
         return counts | join_items(fetched / f"meta_{stem}.jsonl", items, folder / f"meta_{stem}.jsonl")
     return make
 
-# %% ../nbs/01_sources.ipynb #cell-022
+# %% ../nbs/01_sources.ipynb #cell-024
 AMAZON_HUB = "hub:McAuley-Lab/Amazon-Reviews-2023@2b6d039ed471f2ba5fd2acb718bf33b0a7e5598e"
 AMAZON_SITES = ("https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023", "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023")
 AMAZON_LICENCE = "research use; the lab that collected it assigns no licence"
 
-# %% ../nbs/01_sources.ipynb #cell-023
+# %% ../nbs/01_sources.ipynb #cell-025
 def amazon2023(title: str, category: str) -> Source:
     "A category of Amazon Reviews 2023: the official 5-core list, with reviews and items."
     def file(name: str, path: str) -> RawFile:
@@ -162,21 +172,21 @@ def amazon2023(title: str, category: str) -> Source:
              file(f"meta_{category}.jsonl", f"raw/meta_categories/meta_{category}.jsonl"))
     return Source(title, AMAZON_LICENCE, "https://amazon-reviews-2023.github.io/", files, five_core(category, f"{category}.csv"))
 
-# %% ../nbs/01_sources.ipynb #cell-024
+# %% ../nbs/01_sources.ipynb #cell-026
 def authors(title: str, folder: str, category: str) -> Source:
     "A category as the paper's authors released it."
     names = {f"Amazon_{category}.inter": "recbole", f"{category}.jsonl": "raw", f"meta_{category}.jsonl": "raw"}
     files = tuple(RawFile(name, (f"hub:ulab-ai/UniRec@main/{folder}/{part}/{name}",)) for name, part in names.items())
     return Source(title, AMAZON_LICENCE, "https://huggingface.co/datasets/ulab-ai/UniRec", files, five_core(category, f"Amazon_{category}.inter"))
 
-# %% ../nbs/01_sources.ipynb #cell-025
+# %% ../nbs/01_sources.ipynb #cell-027
 def amazon2014(title: str, category: str) -> Source:
     "A category of Amazon 2014, 5-core."
     base = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
     files = tuple(RawFile(name, (f"{base}/{name}", f"{base}/{name}".replace("https:", "http:"))) for name in (f"reviews_{category}_5.json.gz", f"meta_{category}.json.gz"))
     return Source(title, "research use; no licence is named", "https://jmcauley.ucsd.edu/data/amazon/", files)
 
-# %% ../nbs/01_sources.ipynb #cell-026
+# %% ../nbs/01_sources.ipynb #cell-028
 def movielens(fetched: Path, folder: Path) -> dict:
     "MovieLens-100k from the package that carries it."
     package = importlib.util.find_spec("recbole")
@@ -185,7 +195,7 @@ def movielens(fetched: Path, folder: Path) -> dict:
     for name in ("ml-100k.inter", "ml-100k.item"): shutil.copyfile(Path(package.submodule_search_locations[0]) / "dataset_example" / "ml-100k" / name, folder / name)
     return {}
 
-# %% ../nbs/01_sources.ipynb #cell-027
+# %% ../nbs/01_sources.ipynb #cell-029
 def original_movielens(fetched: Path, folder: Path) -> dict:
     "MovieLens-100k's own files."
     unzip(fetched / "ml-100k.zip", beside(folder, ".zip"))
@@ -193,7 +203,7 @@ def original_movielens(fetched: Path, folder: Path) -> dict:
     shutil.rmtree(beside(folder, ".zip"))
     return {}
 
-# %% ../nbs/01_sources.ipynb #cell-028
+# %% ../nbs/01_sources.ipynb #cell-030
 GROUPLENS = "GroupLens' terms: research use, not to be passed on"
 YELP = "Read and accept the licence there, which no program can do for you, download the JSON files and unpack them"
 SOURCES = {
@@ -213,7 +223,7 @@ SOURCES = {
                    (RawFile("yelp_academic_dataset_business.json", ()), RawFile("yelp_academic_dataset_review.json", ())), None, YELP),
 }
 
-# %% ../nbs/01_sources.ipynb #cell-031
+# %% ../nbs/01_sources.ipynb #cell-033
 class ByHand(FetchError):
     "Only you can get these files; says how, step by step."
     def __init__(self, name: str, source: Source, shelf: Path, missing: list[str]):
@@ -221,20 +231,20 @@ class ByHand(FetchError):
         OSError.__init__(self, f"{name}: {source.title} cannot be fetched by a program.\n" + "\n".join(f"  {i}. {step}." for i, step in enumerate(steps, 1)))
         self.causes = {source.page: source.by_hand}
 
-# %% ../nbs/01_sources.ipynb #cell-032
+# %% ../nbs/01_sources.ipynb #cell-034
 def gather_files(name: str, source: Source, shelf: Path, patience: Patience) -> list[Path]:
     "All files of a source, on its shelf; raises FetchError."
     missing = [f.name for f in source.files if not (f.places or (shelf / f.name).is_file())]
     if missing: raise ByHand(name, source, shelf, missing)
     return [obtain(f, shelf, patience) for f in source.files]
 
-# %% ../nbs/01_sources.ipynb #cell-033
+# %% ../nbs/01_sources.ipynb #cell-035
 def copy_whole(source: Path, path: Path) -> None:
     "Copy a file at once or not at all."
     shutil.copyfile(source, beside(path, ".part"))
     settle(beside(path, ".part"), path)
 
-# %% ../nbs/01_sources.ipynb #cell-034
+# %% ../nbs/01_sources.ipynb #cell-036
 def get(name: str,                   # one of SOURCES
         folder: Path,                # the raw folder
         shelf: Path | None = None,   # where fetched files are kept; None: downloads() / name
