@@ -189,6 +189,16 @@ def test_nothing_is_sent_twice(server, tmp_path):
     assert left(tmp_path) == ["f.bin"]  # a pinned file needs no record
 
 
+def test_waits_double_and_a_server_is_obeyed(server, tmp_path, monkeypatch):
+    "What would be slept, without sleeping."
+    slept = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", slept.append)
+    server.routes["/f.bin"] = then(status(500), status(502), status(503), status(429, Retry_After="7"), file())
+    fetch([server.url("/f.bin")], tmp_path / "f.bin", RIGHT, Patience(attempts=5, wait=1.0, longest=60.0))
+    assert [int(s) for s in slept[:3]] == [1, 2, 4] and slept[3] == 7.0 and len(slept) == 4
+    assert any(s % 1 for s in slept[:3])  # with jitter
+
+
 def endless(h, n):
     h.head(200, Transfer_Encoding="chunked")
     for _ in range(1000):  # 65 MB, which is endless for who takes half a megabyte
@@ -265,6 +275,21 @@ def test_a_wrong_hash_is_refused(server, tmp_path):
         fetch([server.url("/wrong")], tmp_path / "f.bin", RIGHT, QUICK)
     assert left(tmp_path) == [] and f"(sha256 {RIGHT})" in str(e.value)
     assert fetch([server.url("/wrong"), server.url("/right")], tmp_path / "f.bin", RIGHT, QUICK).read_bytes() == BODY
+
+
+def test_old_bytes_never_get_a_new_note(server, tmp_path, monkeypatch):
+    "A process that dies when the note of another version is written leaves nothing that a later run would continue."
+    def killed(*args):
+        raise KeyboardInterrupt
+    server.routes["/f.bin"] = file()
+    (tmp_path / "f.bin.part").write_bytes(b"x" * HALF)
+    write_json(tmp_path / "f.bin.part.json", {"url": server.url("/f.bin"), "validator": '"v0"', "total": len(BODY)})
+    monkeypatch.setattr("unirec.fetch.write_body", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fetch([server.url("/f.bin")], tmp_path / "f.bin", patience=QUICK)
+    monkeypatch.undo()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert fetch([server.url("/f.bin")], tmp_path / "f.bin", patience=QUICK).read_bytes() == BODY
 
 
 def test_a_rotten_part_is_thrown_away(server, tmp_path):
@@ -412,18 +437,23 @@ def test_a_run_that_is_killed_goes_on(server, tmp_path):
     assert server.ranges("/f.bin") == [None, f"bytes={HALF}-"] and server.sent == len(BODY)
 
 
-def hub(data=BODY):
-    "A file as the hub answers for it."
+def hub(data=BODY, cuts=0):
+    "A file as the hub answers for it; so many answers are cut in the middle."
     def answer(h, n):
-        h.head(200, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit="0" * 40, Content_Length=len(data))
-        if h.command == "GET":
-            h.body(data)
+        start = int((h.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        more = {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        h.head(206 if start else 200, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit="0" * 40, Content_Length=len(data) - start, **more)
+        if h.command == "GET" and n <= cuts:
+            h.body(data[start:(start + len(data)) // 2])
+            h.hang_up()
+        elif h.command == "GET":
+            h.body(data[start:])
     return answer
 
 
 def test_a_file_of_the_hub(server, tmp_path):
     place = f"/datasets/owner/shop/resolve/{'0' * 40}/raw/items.csv"
-    server.routes[place] = hub()
+    server.routes[place] = hub(cuts=1)
     home = server.url("")
     path = fetch_hub("owner/shop", "raw/items.csv", tmp_path / "items.csv", "0" * 40, endpoint=home)
     assert path.read_bytes() == BODY and left(tmp_path) == ["items.csv", "items.csv.sha256.json"]
@@ -603,7 +633,8 @@ def test_a_set_by_name_goes_through_the_download_stage(server, tmp_path, monkeyp
     (site / "Toys.csv").write_text("user_id,parent_asin,rating,timestamp\n" + "".join(",".join(map(str, e)) + "\n" for e in events))
     lines = [json.dumps({"user_id": u, "parent_asin": i, "rating": r, "timestamp": t, "title": "t", "text": f"{u} on {i}"}) for u, i, r, t in events]
     (site / "Toys.jsonl").write_text("\n".join([*reversed(lines), json.dumps({"user_id": "other", "parent_asin": "i1", "rating": 1.0, "timestamp": 1})]) + "\n")
-    (site / "meta_Toys.jsonl").write_text("".join(json.dumps({"parent_asin": f"i{i}", "title": f"toy {i}", "images": [{"variant": "MAIN", "large": server.url(f"/{i}.png")}]}) + "\n" for i in range(9)))
+    items = [{"parent_asin": f"i{i}", "title": f"toy {i}", "images": [{"variant": "MAIN", "large": server.url(f"/{i}.png")}]} for i in range(9)]
+    (site / "meta_Toys.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     server.routes |= {f"/{i}.png": file(picture(size=(i + 1, 2)), etag=None) for i in range(5)}  # the sixth is gone
     monkeypatch.setitem(SOURCES, "toys", listing(server, site, "Toys"))
     monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))

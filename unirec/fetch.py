@@ -25,7 +25,6 @@ from pathlib import Path
 import requests
 from filelock import FileLock
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionResolutionError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError as BodyError, NameResolutionError, ProtocolError
@@ -212,6 +211,7 @@ def attempt(session: requests.Session, url: str, path: Path, pinned: bool, patie
         except Stale: discard(part); raise
         if (total or 0) > patience.largest: raise Refused(f"{total:,} bytes are more than {patience.largest:,}")
         if (total or 0) - start > (free := shutil.disk_usage(part.parent).free): raise OSError(errno.ENOSPC, f"{total - start:,} bytes are to come, {free:,} are free", str(part))
+        if not start: discard(part)  # before the note: a kill in between must not give old bytes a new note
         write_json(beside(part, ".json"), {"url": url, "validator": validator(r.headers), "total": total})
         if bar is not None: bar.total, bar.n = total, start; bar.refresh()
         try: size = write_body(r, part, start, patience, bar)
@@ -264,13 +264,12 @@ def checked(session: requests.Session, url: str, path: Path, sha256: str | None,
 
 # %% ../nbs/01_fetch.ipynb #cell-041
 def bring(urls: Sequence[str],        # mirrors, the best first
-          path: Path, sha256: str | None = None, patience: Patience = Patience(),
-          session: requests.Session | None = None, bar: tqdm | None = None) -> tuple[str, str]:  # the address that gave it, its sha256
+          path: Path, session: requests.Session, sha256: str | None = None, patience: Patience = Patience(), bar: tqdm | None = None) -> tuple[str, str]:  # the address that gave it, its sha256
     "Fetch `<name>.part` from the first mirror that has it; raises FetchError. The caller moves it to its place."
     causes = {}
     if path.is_file(): causes[f"{path.name}, as it lies there"] = "its sha256 is another one"
     for url in urls:
-        try: return url, checked(session or requests.Session(), url, path, sha256, patience, bar)
+        try: return url, checked(session, url, path, sha256, patience, bar)
         except (Passing, Refused) as e: causes[url] = str(e)
     raise FetchError(path, causes, sha256)
 
@@ -285,7 +284,7 @@ def fetch(urls: Sequence[str],         # mirrors, the best first
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(beside(path, ".lock")):  # of two processes one fetches, the other finds it there
             if stands(path, sha256): return path
-            with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=path.name, disable=None) as bar: url, found = bring(urls, path, sha256, patience, bar=bar)
+            with tqdm(unit="B", unit_scale=True, desc=path.name, disable=None) as bar, requests.Session() as session: url, found = bring(urls, path, session, sha256, patience, bar)
             settle(beside(path, ".part"), path)
             discard(beside(path, ".part"))
             if sha256 is None: write_json(beside(path, ".sha256.json"), {"from": url, "sha256": found})
@@ -303,7 +302,9 @@ def fetch_hub(repo: str,                   # "owner/name" of a data set
         with FileLock(beside(path, ".lock")):
             if stands(path, sha256): return path
             try: got = Path(hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_dir=beside(path, ".hub"), endpoint=endpoint))
-            except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, RevisionResolutionError) as e: raise FetchError(path, {url: first_line(e)}, sha256) from None
+            except Exception as e:  # its client raises errors of several libraries; those with an errno are of this machine
+                if isinstance(e, OSError) and e.errno is not None: raise
+                raise FetchError(path, {url: first_line(e)}, sha256) from None
             found = digest(got)
             if sha256 not in (None, found): got.unlink(); raise FetchError(path, {url: f"its sha256 is {found}, expected {sha256}"}, sha256)
             settle(got, path)

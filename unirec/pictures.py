@@ -77,11 +77,11 @@ def fetch_picture(name: str, url: str, store: Path,   # where pictures wait unti
     path = store / hashlib.sha256(f"{name}\n{url}".encode()).hexdigest()
     if path.exists(): return path, examine(path.read_bytes(), limits), False
     if not url.startswith(("http://", "https://")): raise ValueError("its address is not of the web")
-    bring([url], path, None, patience, session)
+    bring([url], path, session, patience=patience)
     try: kind = examine(beside(path, ".part").read_bytes(), limits)
     except ValueError: discard(beside(path, ".part")); raise
     settle(beside(path, ".part"), path)
-    beside(path, ".part.json").unlink()
+    discard(beside(path, ".part"))
     return path, kind, True
 
 # %% ../nbs/01_pictures.ipynb #cell-016
@@ -139,7 +139,7 @@ def gather(urls: Mapping[str, str], store: Path, workers: int, limits: Limits, p
 def fetch_pictures(urls: Mapping[str, str],  # name in the shard -> address
                    shard: Path,              # the zip; what fails goes to `<shard>.failures.json`
                    workers: int = 8,         # at a time
-                   limits: Limits = Limits(), patience: Patience = Patience(attempts=3, idle=20.0)) -> dict[str, int]:
+                   limits: Limits = Limits(), patience: Patience = Patience(attempts=3, longest=20.0, idle=20.0)) -> dict[str, int]:
     "Bring pictures into one shard; returns counts: asked, there, fetched, failed, cmyk, animated."
     store = beside(shard, ".parts")
     patience = Patience(**{**vars(patience), "largest": limits.largest})

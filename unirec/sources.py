@@ -110,7 +110,8 @@ def locate_reviews(reviews: Path,
         for number, line in enumerate(f, 1):
             if line.strip():
                 try: key = event_key((r := json.loads(line))["user_id"], r["parent_asin"], int(r["timestamp"]))
-                except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{reviews.name}, row {number}: expected a review with user_id, parent_asin and timestamp ({e!r}); is the file whole?") from None
+                except (ValueError, KeyError, TypeError) as e:
+                    raise ValueError(f"{reviews.name}, row {number}: expected a review with user_id, parent_asin and timestamp ({e!r}); is the file whole?") from None
                 at = int(keys.searchsorted(key))
                 if at < len(keys) and keys[at] == key:
                     if starts[at] < 0: starts[at] = place
