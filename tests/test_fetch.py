@@ -514,7 +514,7 @@ def noise(size=(64, 64)):
 GOOD = {"rgb.png": picture(), "grey.jpg": picture("JPEG", mode="L"), "cmyk.jpg": picture("JPEG", mode="CMYK"), "palette.png": picture(mode="P"), "alpha.png": picture(mode="RGBA"),
         "one.bmp": picture("BMP"), "moving.gif": picture("GIF", save_all=True, append_images=[Image.new("RGB", (20, 10), "red")]), "web.webp": picture("WEBP")}
 BROKEN = {"empty.png": b"", "page.jpg": b"<html>404</html>", "cut.jpg": noise()[:900], "cut.png": picture(size=(300, 300))[:60], "bomb.png": picture(size=(9000, 9000), mode="1"),
-          "drawing.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", "vector.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "heavy.jpg": noise((700, 700))}
+          "drawing.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", "vector.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "heavy.jpg": noise((700, 700)), "format.ppm": picture("PPM")}
 LIMITS = Limits(largest=200_000, pixels=10**6)
 
 
@@ -676,6 +676,14 @@ def test_yelp_says_what_to_do_and_takes_what_was_put_there(tmp_path):
         (tmp_path / "shelf" / f.name).write_text("{}\n")
     get("yelp", tmp_path / "raw", tmp_path / "shelf")
     assert {f.name for f in SOURCES["yelp"].files} <= set(left(tmp_path / "raw"))
+
+
+def test_every_named_set_of_params_has_a_source_with_its_files():
+    sets = yaml.safe_load((ROOT / "params.yaml").read_text())["sets"]
+    named = {n: SetSpec.from_params(n, block) for n, block in sets.items() if block["source"].startswith("get:")}
+    assert {"beauty", "baby"} <= set(named)
+    for spec in named.values():
+        assert {f"{spec.files}.jsonl", f"meta_{spec.files}.jsonl"} <= {f.name for f in SOURCES[spec.source.removeprefix("get:")].files}
 
 
 def test_a_zip_by_name(server, tmp_path, monkeypatch):
