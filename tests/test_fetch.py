@@ -563,6 +563,10 @@ def test_pictures_that_are_there_are_not_asked_for(server, tmp_path):
     assert set(server.asked) == {f"/{n}" for n in GOOD} - {u.removeprefix(server.url("")) for u in first.values()}
     (tmp_path / "images.zip").write_bytes((tmp_path / "images.zip").read_bytes()[:-40])  # a damaged shard is made anew
     assert fetch_pictures(urls, tmp_path / "images.zip", patience=QUICK)["fetched"] == len(GOOD)
+    data = bytearray((tmp_path / "images.zip").read_bytes())
+    data[data.index(GOOD["rgb.png"]) + 20] ^= 1  # one bit, in the middle of a picture
+    (tmp_path / "images.zip").write_bytes(data)
+    assert fetch_pictures(urls, tmp_path / "images.zip", patience=QUICK)["fetched"] == len(GOOD)
 
 
 def test_so_many_pictures_at_a_time(server, tmp_path):
