@@ -20,8 +20,10 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
+from .fetch import beside
 from .sample import SampleConfig, write_sample
 from .schema import Attribute, Schema
+from .sources import get
 
 # %% ../nbs/02_datasets.ipynb #cell-006
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class SetSpec:
     "One block of `sets` in params.yaml."
     name: str                     # what tables and folders call it
     format: str                   # recbole, amazon2023 or table
-    source: str                   # "pip:<package>/<folder>", "sample:", or "extra:<folder below data.extra_root>"
+    source: str                   # "pip:<package>/<folder>", "sample:", "get:<name of unirec.sources>", or "extra:<folder below data.extra_root>"
     files: str                    # stem of the raw files: "ml-100k", "Sample", "All_Beauty"; for tables "items"
     schema: Schema
     title: str = ""               # how a page calls it
@@ -83,16 +85,20 @@ def download(spec: SetSpec, folder: Path,     # where the raw files go; made ane
              extra_root: str | None = None,   # data.extra_root of params.yaml
              ) -> dict:                       # {file name: bytes}
     "Fetch the raw files of a data set."
-    if folder.exists(): shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    if spec.source == "sample:": write_sample(folder, SampleConfig(**spec.options))
+    part = beside(folder, ".part")
+    for old in (part, folder):
+        if old.exists(): shutil.rmtree(old)
+    part.mkdir(parents=True)
+    if spec.source == "sample:": write_sample(part, SampleConfig(**spec.options))
+    elif spec.source.startswith("get:"): get(spec.source.removeprefix("get:"), part, pictures=bool(spec.options.get("pictures")))
     else:
         source = locate(spec.source, extra_root)
         for pattern in RAW_FILES[spec.format]:
             found = sorted(source.glob(pattern.format(name=spec.files)))
             if not found: raise FileNotFoundError(f"{spec.source}: no file {pattern.format(name=spec.files)} in {source}")
-            for f in found: shutil.copyfile(f, folder / f.name)
-        if (source / "images").is_dir(): pack_images(source / "images", folder / "images.zip")
+            for f in found: shutil.copyfile(f, part / f.name)
+        if (source / "images").is_dir(): pack_images(source / "images", part / "images.zip")
+    part.rename(folder)
     return {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
 
 # %% ../nbs/02_datasets.ipynb #cell-013
