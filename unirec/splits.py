@@ -159,7 +159,7 @@ def sample_candidates(touched: list[np.ndarray],  # per user: every item of all 
     for user, (target, seen) in enumerate(zip(targets, touched, strict=True)):
         allowed = np.setdiff1d(np.arange(n_items), seen, assume_unique=False)
         if len(allowed) < negatives:
-            raise ValueError(f"user {user} has only {len(allowed)} untouched items, {negatives} negatives were asked for; lower evaluate.negatives")
+            raise ValueError(f"user {user} has only {len(allowed)} untouched items, {negatives} negatives were asked for; lower evaluate.negatives (--negatives at a shell)")
         out[user, 0], out[user, 1:] = target, rng.choice(allowed, negatives, replace=False)
     return out
 
