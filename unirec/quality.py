@@ -12,9 +12,9 @@ from .page import number
 
 # %% ../nbs/15_quality.ipynb #cell-006
 COUNTS = [  # key of quality.json, what it is, key of what it is a share of, and that in words
-    ("rows_read", "rows read", None, ""), ("rows_kept", "rows kept", "rows_read", "of the rows"), ("dropped", "dropped", None, ""), ("tied_events", "events at the same time as another of their user", "events", "of the events"),
-    ("valid_users", "users asked in valid", "users", "of the users"), ("test_users", "users asked in test", "users", "of the users"), ("cold_users", "cold users: no event in train", "users", "of the users"),
-    ("events_of_cold_users", "events of cold users, left out", "events", "of the events"), ("cold_items", "cold items: no event in train", "items", "of the items"),
+    ("rows_read", "rows read", None, ""), ("rows_kept", "rows kept", "rows_read", "of rows"), ("dropped", "dropped", None, ""), ("tied_events", "events at the same time as another of their user", "events", "of events"),
+    ("valid_users", "users asked in valid", "users", "of users"), ("test_users", "users asked in test", "users", "of users"), ("cold_users", "cold users: no event in train", "users", "of users"),
+    ("events_of_cold_users", "events of cold users, left out", "events", "of events"), ("cold_items", "cold items: no event in train", "items", "of items"),
     ("cold_valid_targets", "targets in valid that train does not have", None, ""), ("cold_test_targets", "targets in test that train does not have", None, "")]
 
 # %% ../nbs/15_quality.ipynb #cell-007
