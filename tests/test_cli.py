@@ -131,7 +131,7 @@ def test_options_reach_the_tables(shop, capsys):
     for user, row in zip(last["test"].user, drawn): assert not set(last["items"].item_id[row[1:]]) & touched[last["users"].user_id[user]]
     timed, _, told = prepared("--split", "by_time", "--cuts", "2020-10-13", "2020-10-28")
     assert timed["train"].timestamp.max() < pd.Timestamp("2020-10-13").timestamp() * 1000 <= timed["valid"].timestamp.min() and sum(map(len, (timed["train"], timed["valid"], timed["test"], timed["left_out"]))) == len(VISITS)
-    assert told["test_users"] == timed["test"].user.nunique()
+    assert told["test_users"] == timed["test"].user.nunique() and told["split_options"] == {"cuts": ["2020-10-13", "2020-10-28"]}
     assert "left_out" not in prepared()[0], "what another rule wrote is gone"
     again = pd.concat([VISITS, VISITS.head(3).assign(timestamp=VISITS.timestamp + 5)])
     WRITE["csv"](again, shop / "shop" / "interactions.csv")

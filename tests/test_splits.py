@@ -133,7 +133,7 @@ def test_rules_by_name_are_the_functions():
 
 
 @pytest.mark.parametrize("name, options, told", [("random", {}, "use one of leave_one_out, last_k, by_time"), ("leave_one_out", {"k": 3}, "it takes none"), ("by_time", {"cuts": ("2020-02-30", 5)}, "is no moment"),
-                                                 ("by_time", {"cuts": (True, 5)}, "is no moment"), ("by_time", {"cuts": (4, 4)}, "the first before the second"), ("by_time", {"shares": (0.1,)}, "expected two above 0"), ("last0", {}, "at least 1")])
+                                                 ("by_time", {"cuts": (True, 5)}, "is no moment"), ("by_time", {"cuts": (1.6e12, 5)}, "is no moment"), ("by_time", {"cuts": (4, 4)}, "the first before the second"), ("by_time", {"shares": (0.1,)}, "expected two above 0"), ("last0", {}, "at least 1")])
 def test_wrong_rules_are_named(name, options, told):
     table = in_order(pd.DataFrame({"user": 0, "item": range(9), "timestamp": np.arange(9)}))
     with pytest.raises(ValueError, match=told): split(table, name, **options)

@@ -58,7 +58,7 @@ def spec_block(args: argparse.Namespace  # of `unirec prepare`
 # %% ../nbs/20_cli.ipynb #cell-010
 def split_options(args: argparse.Namespace) -> dict:
     "What was given of the options of a split rule."
-    cuts = tuple(int(c) if c.lstrip("-").isdigit() else c for c in args.cuts) if args.cuts else None
+    cuts = tuple(int(c) if c.isdigit() and len(c) > 4 else c for c in args.cuts) if args.cuts else None      # four digits are a year
     given = {"k": args.k, "shares": tuple(args.shares) if args.shares else None, "cuts": cuts}
     return {key: value for key, value in given.items() if value is not None}
 

@@ -41,7 +41,8 @@ def rules(report: Mapping) -> str:
     "How it was split, in a sentence; empty where the report does not say."
     if "split" not in report: return ""
     again = {"keep": "all kept", "first": "only the first kept", "last": "only the last kept"}.get(report.get("repeated_pairs"), "–")
-    return f"Split: {report['split']}; ties in time: {'in the order of the file' if report.get('ties') == 'file' else report.get('ties', '–')}; repeated pairs of user and item: {again}."
+    more = ", ".join(f"{k} {' and '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in (report.get("split_options") or {}).items())
+    return f"Split: {report['split']}{f' ({more})' if more else ''}; ties in time: {'in the order of the file' if report.get('ties') == 'file' else report.get('ties', '–')}; repeated pairs of user and item: {again}."
 
 # %% ../nbs/15_quality.ipynb #cell-011
 def attribute_rows(report: Mapping,                   # of quality.json

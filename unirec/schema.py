@@ -116,13 +116,25 @@ def schema_yaml(block: Mapping[str, Mapping[str, str]],  # name -> type, source,
     return "".join(f"{line:<{width}}  # {one_line(notes[n])}\n" if notes and n in notes else f"{line}\n" for n, line in lines.items())
 
 # %% ../nbs/00_schema.ipynb #cell-022
+def _twice(node: yaml.Node | None  # of a document
+           ) -> yaml.Node | None:
+    "A key that stands twice in one mapping: YAML's readers keep the last and say nothing."
+    if not isinstance(node, yaml.MappingNode): return None
+    keys = [k for k, _ in node.value]
+    again = next((k for i, k in enumerate(keys) if any(k.value == other.value for other in keys[:i])), None)
+    return again or next(filter(None, (_twice(v) for _, v in node.value)), None)
+
+# %% ../nbs/00_schema.ipynb #cell-023
 def read_schema(path: Path) -> Schema:
     "A schema from a YAML file: the block itself, or a file that has it under `schema`; raises ValueError that names the file."
-    try: block = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        block, again = yaml.safe_load(text), _twice(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         raise ValueError(f"{Path(path).name}{f', row {place.line + 1}' if place else ''}: not YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})") from None
     except UnicodeDecodeError: raise ValueError(f"{Path(path).name}: not YAML (not UTF-8 text)") from None
+    if again is not None: raise ValueError(f"{Path(path).name}, row {again.start_mark.line + 1}: {again.value!r} stands there twice")
     if isinstance(block, Mapping) and isinstance(block.get("schema"), Mapping) and "type" not in block["schema"]: block = block["schema"]
     try: return Schema.from_params(block)
     except ValueError as error: raise ValueError(f"{Path(path).name}: {error}") from None

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import re
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
 import pandas as pd
@@ -85,8 +86,9 @@ def moment(when,    # ms since epoch, or a date such as "2020-07-01" (UTC)
            ) -> int:
     "A moment in ms since epoch; raises ValueError for what is neither a number nor a date."
     if isinstance(when, (int, np.integer)) and not isinstance(when, bool): return int(when)
-    try: stamp = pd.Timestamp(when)
-    except (ValueError, TypeError): raise ValueError(f"by_time: {when!r} is no moment, write a date such as 2020-07-01 or milliseconds since 1970") from None
+    try: stamp = pd.Timestamp(when) if isinstance(when, (str, date)) else pd.NaT
+    except ValueError: stamp = pd.NaT
+    if stamp is pd.NaT: raise ValueError(f"by_time: {when!r} is no moment, write a date such as 2020-07-01 or milliseconds since 1970")
     return int((stamp if stamp.tz else stamp.tz_localize("UTC")).timestamp() * 1000)
 
 # %% ../nbs/03_splits.ipynb #cell-021

@@ -66,6 +66,7 @@ def prepare(raw: Path,           # folder with the raw files of this set
     for name, part in parts.items(): part.to_parquet(out / f"{name}.parquet")
     np.save(out / "candidates.npy", candidates)
     report = _quality(items, users, table, parts, quality, core, spec) | {"split": rule, "ties": ties, "repeated_pairs": repeats}
+    if options: report["split_options"] = json.loads(json.dumps(options, default=str))      # dates as text
     (out / "quality.json").write_text(json.dumps(report, indent=1))
     return report
 
