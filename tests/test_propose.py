@@ -78,6 +78,15 @@ def test_a_proposal_is_the_same_twice(records):
     assert made is None or as_yaml(*made) == as_yaml(*propose(json.loads(json.dumps(records))))
 
 
+@pytest.mark.parametrize("name", ["items.csv", "items.jsonl", "items.parquet", "schema.yaml"])
+@given(data=st.one_of(st.binary(max_size=60), st.text("abc,;\"'\n\r\t{}[]:0123456789.|-\\ ", max_size=60).map(str.encode), st.text('{"a":1,[]}\n', max_size=30).map(lambda s: b'{"item_id": 1, "b": ' + s.encode() + b"}")))
+def test_a_broken_file_is_named_and_nothing_else_happens(name, data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(data)
+    try: read_schema(path) if name == "schema.yaml" else yaml.safe_load(propose_file(path))
+    except ValueError as error: assert name in str(error)
+
+
 SHOP = pd.DataFrame({"item_id": [f"p{i}" for i in range(12)], "title": [f"A thing of number {i}, made by hand" for i in range(12)], "brand": ["Nord", "Sol", None] * 4, "tags": ["a|b", "b", "c|a", "a"] * 3,
                      "price": [1.0, 2, 2, 3, 3, 4, 5, 6, 7, 9, 12, 900], "rating_number": range(12), "photo": [f"images/p{i}.png" for i in range(12)], "ean": [f"40{i:011d}" for i in range(12)]})
 

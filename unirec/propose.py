@@ -229,4 +229,6 @@ def as_yaml(kept: Mapping[str, Guess], left: Mapping[str, str], rows: int, name:
 # %% ../nbs/00_propose.ipynb #cell-036
 def propose_file(path: Path, rows: int = 10_000) -> str:  # YAML
     "The proposal for a file, as `unirec schema propose` prints it."
-    return as_yaml(*propose(read_records(path, rows)), Path(path).name)
+    records = read_records(path, rows)
+    try: return as_yaml(*propose(records), Path(path).name)
+    except ValueError as error: raise ValueError(f"{Path(path).name}: {error}") from None
