@@ -58,7 +58,8 @@ def write_set(root, name, synthetic, redistributable):
     write_json(folder / "llm_share.json", {"unirec": {"mrr": 0.09, "mrr_without_llm": 0.08, "norm_share": 0.1, "gate": 0.05}, INJECTED: {"mrr": None}})
     write_json(folder / "run_evaluate.json", {"stage": "evaluate", "dataset": name, "params": {"note": INJECTED}, "git_revision": None, "data_sha256": "0" * 64, "seconds": 61.0})
     write_json(folder / "run_embed.json", {"stage": "embed", "dataset": name, "seconds": 5, "peak_memory_mb": 900.4, "tokens_per_second": 12345.6})
-    write_json(folder / "quality.json", {"users": 10, "items": 40, "events": 90, "rows_read": 100, "rows_kept": 90, "dropped": {INJECTED: 10}, "coverage": {"title": 1.0}})
+    write_json(folder / "quality.json", {"users": 10, "items": 40, "events": 90, "rows_read": 100, "rows_kept": 90, "dropped": {INJECTED: 10}, "coverage": {"title": 1.0, INJECTED: 0.25}, "invalid_values": {INJECTED: 3},
+                                           "tied_events": 9, "valid_users": 10, "test_users": 9, "cold_users": 1, "events_of_cold_users": 4, "cold_items": 6, "cold_test_targets": 2, "split": "by_time", "ties": "file", "repeated_pairs": "keep"})
     write_compared(folder, name)
     target = item("target", picture("teal"))
     top = [item(f"item{place}", picture("orange")) | {"score": 1.0 / place, "hit": False} for place in range(1, 10)]
@@ -252,6 +253,32 @@ def test_comparison_with_seeds_and_what_is_behind_are_shown(visit):
     behind = made_up.locator(".behind")
     assert "target: cold" in behind.inner_text() and "text finds image" in behind.inner_text() and "12.5%" in behind.inner_text() and "0.0777" in behind.inner_text()
     assert behind.locator("svg").count() == 1 and "Better, worse, undecided" in page.locator("main").inner_text()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_what_was_read_kept_and_dropped_is_a_table(visit, width):
+    page, _ = visit(width)
+    part = page.locator("#set-1 .quality")
+    counts, attributes = (table.locator("tbody tr").all_inner_texts() for table in part.locator("table").all())
+    cells = [[cell.strip() for cell in row.split("\t")] for row in counts]
+    assert cells[:3] == [["rows read", "100", ""], ["rows kept", "90", "90.0% of rows"], [f"dropped: {INJECTED}", "10", ""]]
+    assert ["cold users: no event in train", "1", "10.0% of users"] in cells and ["cold items: no event in train", "6", "15.0% of items"] in cells and any(row[0].startswith("events at the same time") and row[1] == "9" for row in cells)
+    assert [[cell.strip() for cell in row.split("\t")] for row in attributes] == [["title", "100.0%", "0"], [INJECTED, "25.0%", "3"]]
+    assert "Split: by_time; ties in time: in the order of the file" in page.locator("#set-1").inner_text()
+    for box in part.locator(".scroll").all():
+        inside, shown = box.evaluate("part => [part.scrollWidth, part.clientWidth]")
+        assert inside <= shown, "read without scrolling sideways"
+
+
+@pytest.mark.parametrize("report", [None, {}, {"users": 3}, {"users": "many", "dropped": None, "coverage": {"title": None}, "rows_kept": float("nan")}])
+def test_a_quality_report_may_lack_things(files, report):
+    """An earlier version wrote fewer figures: what is not there is not shown, what is no number is a dash."""
+    path = files / "results/made_up/quality.json"
+    path.unlink() if report is None else path.write_text(json.dumps(report))
+    build(files, sets={"made_up": SETS["made_up"]})
+    text = (files / "reports/index.html").read_text()
+    assert ("No quality report for this set" in text) == (not report) and ('class="quality"' in text) == bool(report and "coverage" in report)
+    assert "None" not in text.split("Comparison</h3>")[0] and "nan" not in text.split("Comparison</h3>")[0].split("</header>")[1]
 
 
 def test_without_a_comparison_one_line_says_what_makes_it(files):

@@ -42,14 +42,14 @@ td.best{font-weight:750}.comparison td span::after{content:"\\2605";color:var(--
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(330px,100%),1fr));gap:20px 32px;align-items:start}
 figure{margin:0}figure svg{display:block;width:100%;max-width:540px;height:auto}figure svg *{stroke-linejoin:round;stroke-linecap:butt}figure svg text{font-family:inherit!important}figure+figure{margin-top:18px}h3+.soft+h4,figure+h4,figure+details{margin-top:1.4rem}.verdict{font-weight:600}.verdict.better{color:var(--hit)}.verdict.worse{color:var(--note)}.verdict.undecided,.verdict.reference{color:var(--soft);font-weight:400}
 figcaption{font-size:.87rem;margin-top:.5rem;max-width:80ch}
-details{border:1px solid var(--line);border-radius:10px;margin:10px 0}summary{cursor:pointer;padding:10px 14px}summary h4{display:inline}summary .badge{margin-left:6px;white-space:nowrap}details>div{padding:4px 14px 16px}
-details details{border-style:dashed}td details{border:0;margin:0}td summary{padding:0}td pre{margin:.4rem 0 0;font-size:.8rem;white-space:pre-wrap}
+details{border:1px solid var(--line);border-radius:10px;margin:10px 0}summary{cursor:pointer;padding:10px 14px}summary h3,summary h4{display:inline;font-size:.95rem}summary .badge{margin-left:6px;white-space:nowrap}details>div{padding:4px 14px 16px}
+.quality th,.quality td{white-space:normal;padding:6px 10px}.quality tbody th{overflow-wrap:anywhere;min-width:8rem}.quality figure+figure{margin-top:0}.quality td{white-space:nowrap!important}.quality tbody th{font-weight:400}details details{border-style:dashed}td details{border:0;margin:0}td summary{padding:0}td pre{margin:.4rem 0 0;font-size:.8rem;white-space:pre-wrap}
 .three{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(270px,100%),1fr));gap:24px}
 ol.items{list-style:none;margin:0;padding:0}ol.items li{display:flex;gap:10px;align-items:center;padding:6px 8px;border-radius:8px;min-height:40px}ol.items li.hit{background:var(--hitbg);outline:1.5px solid var(--hit)}
 .place{flex:0 0 1.5rem;text-align:right;color:var(--soft);font-size:.85rem}.pic{flex:0 0 44px;width:44px;height:44px;border-radius:6px;object-fit:contain;background:#fff}.pic.none{background:var(--bg);border:1px dashed var(--line)}
 .what{flex:1;min-width:0;line-height:1.3;font-size:.93rem}.what small{display:block}.target{display:flex;gap:12px;align-items:center;margin:4px 0 16px}
 a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:3px solid var(--accent);outline-offset:2px}footer{padding:8px 0 40px}
-@media(max-width:560px){main,header>div{padding:0 12px}.card{padding:16px 14px}th,td{padding:7px 10px}h1{font-size:1.6rem}tbody th small{max-width:9rem;white-space:normal}}
+@media(max-width:560px){main,header>div{padding:0 12px}.card{padding:16px 14px}th,td{padding:7px 10px}h1{font-size:1.6rem}tbody th small{max-width:9rem;white-space:normal}.quality table{font-size:.85rem}.quality th,.quality td{padding:6px;white-space:normal!important}.quality tbody th{min-width:7.3rem}}
 """
 
 # %% ../nbs/15_page.ipynb #cell-008
@@ -86,9 +86,14 @@ SECTION = """<section class="card" id="set-{{ number }}" aria-labelledby="name-{
 {% set facts = set.quality %}{% if facts %}
 <dl class="tiles">{% for key in ("users", "items", "events") %}<div><dt>{{ key }}</dt><dd>{{ facts.get(key) | count }}</dd></div>{% endfor %}
 {% if facts.get("users") and facts.get("events") %}<div><dt>events per user</dt><dd>{{ (facts.events / facts.users) | figure(1) }}</dd></div>{% endif %}</dl>
-<p class="soft">Rows read: {{ facts.get("rows_read") | count }}, kept: {{ facts.get("rows_kept") | count }}.
-{% for why, n in (facts.get("dropped") or {}).items() %}{{ "Dropped: " if loop.first else "; " }}{{ n | count }} ({{ why }}){{ "." if loop.last }}{% endfor %}
-{% for name, part in (facts.get("coverage") or {}).items() %}{{ "Share of items that have the attribute: " if loop.first else ", " }}{{ name }} {{ part | percent }}{{ "." if loop.last }}{% endfor %}</p>
+<p class="soft">Rows read: {{ facts.get("rows_read") | count }}, kept: {{ facts.get("rows_kept") | count }}. {{ set.tables.rules }}</p>
+{% if set.tables.counts or set.tables.attributes %}<details class="quality"><summary><h3>What was kept, what was dropped and why, what is missing</h3></summary><div class="grid">
+{% for name, heads, rows in (("Counts", ("what", "number", "share"), set.tables.counts), ("Attributes", ("attribute", "coverage", "unreadable"), set.tables.attributes)) if rows %}
+<figure><div class="scroll" role="region" tabindex="0" aria-label="{{ name }} of {{ set.name }}"><table><caption>{{ name }} of {{ set.name }}</caption>
+<thead><tr>{% for head in heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}<tr><th scope="row">{{ row[0] }}</th><td>{{ row[1] }}</td><td>{{ row[2] }}</td></tr>{% endfor %}</tbody></table></div>
+<figcaption>{% if name == "Counts" %}Rows are those of the raw file of interactions; what was dropped is named.{% else %}Share of items that have the attribute, and values that could not be read and count as missing.{% endif %}</figcaption></figure>
+{% endfor %}</div></details>{% endif %}
 {% else %}<p class="soft">No quality report for this set.</p>{% endif %}
 <h3>Comparison</h3>{% if set.verdict %}<p>{{ set.verdict }}</p>{% endif %}
 <figure><div class="scroll" role="region" tabindex="0" aria-label="Comparison of models on {{ set.name }}"><table class="comparison"><caption>Comparison of models on {{ set.name }}</caption>

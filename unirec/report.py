@@ -16,6 +16,7 @@ import pandas as pd
 
 from .figures import COMPARISON, CURVES, METRICS, MODELS, PROTOCOLS, inline_svg, plot_comparison, plot_curves, read_rows
 from .page import render_page
+from .quality import quality_tables
 from .standing import behind_view, plain, standing_view
 
 # %% ../nbs/15_report.ipynb #cell-013
@@ -218,8 +219,9 @@ def set_view(
     runs = [read_json(path) for path in (Path(runs or results) / name).glob("run_*.json")]
     runs.sort(key=lambda run: (STAGES.index(run["stage"]) if run.get("stage") in STAGES else len(STAGES), str(run.get("stage"))))
     share = read_json(folder / "llm_share.json")
+    quality = read_json(folder / "quality.json") if (folder / "quality.json").is_file() else {}
     return {"name": name, "synthetic": entry.get("synthetic") is True or examples.get("synthetic") is True, "allowed": allowed, "rows": cells(table), "verdict": verdict(table),
-            "seeds": sorted(set(table["seeds"])), "quality": read_json(folder / "quality.json") if (folder / "quality.json").is_file() else {},
+            "seeds": sorted(set(table["seeds"])), "quality": quality, "tables": quality_tables(quality),
             "plots": plots(folder, name), "share": {model: value for model, value in share.items() if isinstance(value, dict)}, "users": users, "runs": runs,
             "seconds": sum(run.get("seconds") or 0 for run in runs), "pictures": sum(user["pictures"] for user in users), "refused": sum(user["refused"] for user in users),
             "standing": standing_view(results, name, wanted), "behind": behind_view(folder, list(table["model"]), name)}

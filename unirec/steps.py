@@ -28,7 +28,7 @@ from .hierarchy import EncoderConfig, Events, last_batches
 from .metrics import expected_ranks, history_mask, ranks, summarise
 from .recommender import LLMConfig, UniRec
 from .sequential import SASRecConfig, sasrec
-from .splits import Histories, in_order, k_core, leave_one_out, sample_candidates, split_hash, train_aggregate
+from .splits import Histories, in_order, k_core, repeated_pairs, sample_candidates, split, split_counts, split_hash, train_aggregate
 from .store import Catalogue, build_store, load_catalogue, picture_bytes
 from .task import MODES, LossConfig, item_vectors, train
 from .training import FitConfig
@@ -38,40 +38,47 @@ def prepare(raw: Path,           # folder with the raw files of this set
             spec: SetSpec,
             out: Path,           # items, train, valid, test, users (parquet), candidates (npy), quality.json
             negatives: int = 99,  # of the 100-candidate lists
-            seed: int = 0,       # of the candidate draw
+            seed: int = 0,       # of the candidate draw, and of ties that are shuffled
+            rule: str = "leave_one_out",     # how events are split, see `splits.split`; the stages after this one read leave_one_out
+            options: Mapping | None = None,  # what that rule takes: k; shares or cuts
+            ties: str = "file",  # file or shuffled
+            repeats: str = "keep",  # of several events of a user with an item: keep, first or last
             ) -> dict:           # the quality report
     "Read, clean, k-core, split, and compute what comes from train; writes the prepared tables."
     items, events, quality = READERS[spec.format](raw, spec)
+    events, again = repeated_pairs(events, repeats)
+    quality["dropped"] = quality["dropped"] | {"repeated pair of user and item": again}
     events, core = k_core(events, spec.k_core_users, spec.k_core_items)
     items = items[items.item_id.isin(set(events.item_id))].reset_index(drop=True) if spec.k_core_items > 1 else items
     users = pd.DataFrame({"user_id": pd.unique(events.user_id)})
     index = lambda values, ids: pd.Series(range(len(ids)), ids).loc[values].to_numpy(np.int64)
     table = pd.DataFrame({"user": index(events.user_id, users.user_id), "item": index(events.item_id, items.item_id),
                           **{c: events[c].to_numpy() for c in ("rating", "timestamp", "review")}})
-    parts = leave_one_out(in_order(table))
+    parts = split(in_order(table, ties, seed), rule, **(options or {}))
     for a in spec.schema:
         if a.from_train: items[a.name] = train_aggregate(parts["train"], len(items), a.source.partition(":")[2])
     items = items[["item_id", *spec.schema.names]]
     touched = [g.to_numpy() for _, g in table.groupby("user").item]
-    candidates = sample_candidates(touched, parts["test"].item.to_numpy(), len(items), negatives, seed)
+    candidates = sample_candidates([touched[u] for u in parts["test"].user], parts["test"].item.to_numpy(), len(items), negatives, seed)
     out.mkdir(parents=True, exist_ok=True)
     items.to_parquet(out / "items.parquet"); users.to_parquet(out / "users.parquet")
+    (out / "left_out.parquet").unlink(missing_ok=True)       # of another rule
     for name, part in parts.items(): part.to_parquet(out / f"{name}.parquet")
     np.save(out / "candidates.npy", candidates)
-    report = _quality(items, users, table, parts, quality, core, spec)
+    report = _quality(items, users, table, parts, quality, core, spec) | {"split": rule, "ties": ties, "repeated_pairs": repeats}
+    if options: report["split_options"] = json.loads(json.dumps(options, default=str))      # dates as text
     (out / "quality.json").write_text(json.dumps(report, indent=1))
     return report
 
 # %% ../nbs/16_steps.ipynb #cell-007
 def _quality(items, users, table, parts, quality, core, spec) -> dict:
-    "What was read, kept and dropped and why, coverage, ties, cold items, and the fingerprint of the split."
+    "What was read, kept and dropped and why, coverage, ties, cold users and items, and the fingerprint of the split."
     there = lambda v: not (v is None or (isinstance(v, float) and np.isnan(v)) or (hasattr(v, "__len__") and len(v) == 0))
     ties = table.duplicated(["user", "timestamp"], keep=False)
-    cold = ~np.isin(parts["test"].item, parts["train"].item)
     return {"users": len(users), "items": len(items), "events": len(table), "rows_read": quality["rows_read"], "rows_kept": len(table),
             "dropped": {**{k: v for k, v in quality["dropped"].items() if v}, **({"event below the k-core": core["events"]} if core["events"] else {})},
             "invalid_values": quality["invalid"], "coverage": {a: round(float(items[a].map(there).mean()), 4) for a in spec.schema.names},
-            "tied_events": int(ties.sum()), "cold_test_targets": int(cold.sum()),
+            "tied_events": int(ties.sum()), **split_counts(parts), "cold_items": len(items) - int(parts["train"].item.nunique()),
             "test_split_sha256": split_hash(users.user_id[parts["test"].user], items.item_id[parts["test"].item])}
 
 # %% ../nbs/16_steps.ipynb #cell-009
