@@ -32,9 +32,10 @@ from .fingerprint import code_key
 from .hierarchy import EncoderConfig
 from .metrics import full_ranks, summarise
 from .recommender import LLMConfig, UniRec
+from .prepare import prepare
 from .released import ReleasedConfig, released
 from .sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
-from .steps import MODELS, Data, embed, finetune, prepare, pretrain, toy_params
+from .steps import MODELS, Data, embed, finetune, pretrain, toy_params
 from .store import Catalogue
 from .task import item_vectors
 from .text_llm import TextLLMConfig, text_llm
