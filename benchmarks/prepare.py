@@ -20,7 +20,7 @@ from unirec.splits import in_order, k_core, leave_one_out, train_aggregate
 # the children import this file: what imports torch is imported where it is used, so that torch's memory is not measured
 SIZES = {"tenth": (500_000, 50_000), "whole": (5_000_000, 500_000)}   # reviews, items
 SMALL = {"tenth": (2_000, 200), "whole": (20_000, 2_000)}
-PAIRS = {"tenth": 5, "whole": 2}
+PAIRS = {"tenth": 3, "whole": 1}
 WORDS = 4_000   # of a made-up vocabulary
 PIECES = 20_000  # made-up review texts that the reviews draw from
 SCHEMA = {"title": {"type": "text"}, "description": {"type": "text"}, "brand": {"type": "category", "source": "details.Brand"}, "color": {"type": "category", "source": "details.Color"},

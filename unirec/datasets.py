@@ -112,13 +112,14 @@ def aligned(table: pd.DataFrame, path: Path) -> pd.DataFrame:
 # %% ../nbs/02_datasets.ipynb #cell-017
 def read_atomic(path: Path) -> pd.DataFrame:
     "One atomic file as strings, columns without their types; raises ValueError for a header without types, a row of another length, or bytes that are no text."
-    for _ in blocks(path): pass                                   # UTF-8, no NUL byte, whole: or an error with the row
-    try: table = pd.read_csv(path, sep="\t", dtype=str, quoting=3, keep_default_na=False, encoding="utf-8")
-    except pd.errors.EmptyDataError: raise ValueError(f"{path.name}, row 1: the file is empty; expected a header such as item_id:token") from None
-    except pd.errors.ParserError as e: raise ValueError(f"{path.name}: {e}; expected as many tab-separated fields as the header has") from None
-    aligned(table, path)
-    short = table.isna().any(axis=1).to_numpy()
-    if short.any(): raise ValueError(f"{path.name}, row {int(short.argmax()) + 2}: fewer fields than the header has; expected {table.shape[1]}, separated by tabs")
+    wanted = 0
+    for first, block in blocks(path):
+        for row, line in enumerate(block.split(b"\n"), first):
+            fields, there = line.count(b"\t") + 1, bool(line.strip(b"\r"))
+            wanted = wanted or fields
+            if there and fields != wanted: raise ValueError(f"{path.name}, row {row}: {fields} fields, the header has {wanted}; expected them separated by tabs, without quotes")
+    if not wanted: raise ValueError(f"{path.name}, row 1: the file is empty; expected a header such as item_id:token")
+    table = pd.read_csv(path, sep="\t", dtype=str, quoting=3, keep_default_na=False, encoding="utf-8", index_col=False)
     untyped = [c for c in table if ":" not in c]
     if untyped: raise ValueError(f"{path.name}, row 1: column {untyped[0]!r} has no type; expected a header such as item_id:token")
     return table.rename(columns=lambda c: c.partition(":")[0])
@@ -169,7 +170,7 @@ def read_any(folder: Path, stem: str) -> tuple[Path, pd.DataFrame]:
     try:
         if suffix == ".parquet": return path, pd.read_parquet(path)
         for _ in blocks(path): pass                               # UTF-8, no NUL byte, whole: or an error with the row
-        return path, aligned(pd.read_csv(path, dtype={"user_id": str, "item_id": str}), path)
+        return path, aligned(pd.read_csv(path, dtype={"user_id": str, "item_id": str}, keep_default_na=False, na_values=[""]), path)
     except (pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise ValueError(f"{path.name}: not a whole {suffix.removesuffix('.gz')[1:]} table ({e})") from None
 
 # %% ../nbs/02_datasets.ipynb #cell-023

@@ -62,18 +62,19 @@ def checked(block: bytes, path: Path, row: int) -> bytes:  # row: of the block's
 # %% ../nbs/02_raw.ipynb #cell-011
 def blocks(path: Path, size: int = BLOCK) -> Iterator[tuple[int, bytes]]:  # number of its first row (from 1), whole lines
     "A file in blocks of about `size` bytes that end with a line; raises ValueError for a cut gzip, another encoding or a NUL byte."
-    row, rest = 1, b""
+    row, rest, first = 1, b"", True
     with opened(path) as f:
         while True:
-            try: new = f.read(size)
+            try: new = f.read(max(size, 4) if first else size)
             except (EOFError, OSError, zlib.error) as e: raise ValueError(f"{path.name}, after row {row - 1}: the file is cut or damaged ({e}); fetch it again") from None
-            if row == 1 and not rest: new = plain(new, path)
-            end = new.rfind(b"\n") + 1 if new else 0
-            block, rest = (rest + new[:end], new[end:]) if end or not new else (b"", rest + new)
+            last = not new
+            new, first = plain(new, path) if first else new, False
+            end = new.rfind(b"\n") + 1
+            block, rest = (rest + new[:end], new[end:]) if end or last else (b"", rest + new)
             if block:
                 yield row, checked(block, path, row)
                 row += block.count(b"\n")
-            if not new: break
+            if last: break
 
 # %% ../nbs/02_raw.ipynb #cell-012
 def plain(start: bytes, path: Path) -> bytes:
