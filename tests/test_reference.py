@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from unirec.datasets import SetSpec, download
-from unirec.steps import prepare
+from unirec.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())

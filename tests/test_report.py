@@ -59,7 +59,7 @@ def write_set(root, name, synthetic, redistributable):
     write_json(folder / "run_evaluate.json", {"stage": "evaluate", "dataset": name, "params": {"note": INJECTED}, "git_revision": None, "data_sha256": "0" * 64, "seconds": 61.0})
     write_json(folder / "run_embed.json", {"stage": "embed", "dataset": name, "seconds": 5, "peak_memory_mb": 900.4, "tokens_per_second": 12345.6})
     write_json(folder / "quality.json", {"users": 10, "items": 40, "events": 90, "rows_read": 100, "rows_kept": 90, "dropped": {INJECTED: 10}, "coverage": {"title": 1.0, INJECTED: 0.25}, "invalid_values": {INJECTED: 3},
-                                           "tied_events": 9, "valid_users": 10, "test_users": 9, "cold_users": 1, "events_of_cold_users": 4, "cold_items": 6, "cold_test_targets": 2, "split": "by_time", "ties": "file", "repeated_pairs": "keep"})
+                                           "tied_events": 9, "valid_users": 10, "test_users": 9, "cold_users": 1, "events_of_cold_users": 4, "cold_items": 6, "cold_test_targets": 2, "split": "by_time", "ties": "file", "repeats": "keep"})
     write_compared(folder, name)
     target = item("target", picture("teal"))
     top = [item(f"item{place}", picture("orange")) | {"score": 1.0 / place, "hit": False} for place in range(1, 10)]

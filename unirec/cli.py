@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .datasets import RAW_FILES, READERS, SetSpec
+from .prepare import prepare
 from .presets import PRESETS, preset, preset_yaml
 from .propose import propose_file
 from .quality import quality_text
@@ -53,6 +54,7 @@ def spec_block(args: argparse.Namespace  # of `unirec prepare`
     else: raise ValueError("no schema: give --schema FILE or --preset NAME; `unirec schema propose` writes a draft")
     block = {a.name: {"type": a.type, "source": a.source} | ({"split": a.split} if a.split else {}) | ({"scale": a.scale} if a.scale != "linear" else {}) for a in schema}
     return {"format": args.format, "source": str(args.raw), "files": args.files or stem_of(args.raw, args.format), "schema": block, "k_core_users": args.k_core_users, "k_core_items": args.k_core_items,
+            "split": args.split, "ties": args.ties, "repeats": args.repeats, **({"split_options": given} if (given := split_options(args)) else {}),
             **({"options": {"time_unit": args.time_unit}} if args.time_unit else {})}
 
 # %% ../nbs/20_cli.ipynb #cell-010
@@ -67,8 +69,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     "Prepare a data set and print its quality report."
     if args.out.resolve() == args.raw.resolve(): raise ValueError(f"--out {args.out}: the raw folder itself; name another one")
     spec = SetSpec.from_params(args.out.resolve().name, block := spec_block(args))
-    from unirec.steps import prepare         # here and not above: it brings torch, which help and schemas do not need
-    report = prepare(args.raw, spec, args.out, args.negatives, args.seed, args.split, split_options(args), args.ties, args.repeats)
+    report = prepare(args.raw, spec, args.out, args.negatives, args.seed)
     (args.out / "spec.json").write_text(json.dumps(block, indent=1))
     print(quality_text(report))
     if args.split != "leave_one_out": print(f"The pipeline's own stages train and evaluate on leave_one_out; these tables are split by {args.split}.", file=sys.stderr)

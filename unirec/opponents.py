@@ -30,10 +30,11 @@ from .datasets import SetSpec, download, locate
 from .experiments import both_stages, override
 from .fingerprint import code_key
 from .metrics import full_ranks, summarise
+from .prepare import prepare
 from .recommender import UniRec
 from .released import ReleasedConfig, released
 from .sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
-from .steps import MODELS, Data, embed, prepare, toy_params
+from .steps import MODELS, Data, embed, toy_params
 from .store import Catalogue
 from .task import item_vectors
 from .text_llm import TextLLMConfig, text_llm

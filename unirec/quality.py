@@ -13,7 +13,7 @@ from .page import number
 # %% ../nbs/15_quality.ipynb #cell-006
 COUNTS = [  # key of quality.json, what it is, key of what it is a share of, and that in words
     ("rows_read", "rows read", None, ""), ("rows_kept", "rows kept", "rows_read", "of rows"), ("dropped", "dropped", None, ""), ("tied_events", "events at the same time as another of their user", "events", "of events"),
-    ("valid_users", "users asked in valid", "users", "of users"), ("test_users", "users asked in test", "users", "of users"), ("cold_users", "cold users: no event in train", "users", "of users"),
+    ("repeated_pairs", "events of a pair of user and item that was there before", "events", "of events"), ("valid_users", "users asked in valid", "users", "of users"), ("test_users", "users asked in test", "users", "of users"), ("cold_users", "cold users: no event in train", "users", "of users"),
     ("events_of_cold_users", "events of cold users, left out", "events", "of events"), ("cold_items", "cold items: no event in train", "items", "of items"),
     ("cold_valid_targets", "targets in valid that train does not have", None, ""), ("cold_test_targets", "targets in test that train does not have", None, "")]
 
@@ -40,7 +40,7 @@ def count_rows(report: Mapping,                     # of quality.json
 def rules(report: Mapping) -> str:
     "How it was split, in a sentence; empty where the report does not say."
     if "split" not in report: return ""
-    again = {"keep": "all kept", "first": "only the first kept", "last": "only the last kept"}.get(report.get("repeated_pairs"), "–")
+    again = {"keep": "all kept", "first": "only the first kept", "last": "only the last kept"}.get(report.get("repeats"), "–")
     more = ", ".join(f"{k} {' and '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in (report.get("split_options") or {}).items())
     return f"Split: {report['split']}{f' ({more})' if more else ''}; ties in time: {'in the order of the file' if report.get('ties') == 'file' else report.get('ties', '–')}; repeated pairs of user and item: {again}."
 
