@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import finetune, growth, qformer, side_by_side
+from benchmarks import finetune, growth, prepare, qformer, side_by_side
 from unirec.hierarchy import EncoderConfig, Events, training_batches
 from unirec.recommender import LLMConfig
 from unirec.triplets import toy_catalogue
@@ -192,3 +192,42 @@ def test_growth_rows(tmp_path, monkeypatch):
     by = rows.set_index(["axis", "value", "softmax"]).operations
     assert len(rows) == 8 and (rows.seconds > 0).all() and (rows.repeats == 2).all()
     assert by["history", 6, "exact"] > by["history", 3, "exact"] and by["item_tokens", 2, "exact"] > by["item_tokens", 1, "exact"]
+
+
+# prepare
+
+def test_generated_set_is_seeded_and_both_sides_write_the_same(tmp_path):
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        (tmp_path / name / "raw").mkdir(parents=True)
+        written = prepare.generate(tmp_path / name / "raw", 3_000, 200, seed, block=700)
+        assert set(written) == {"Made.jsonl", "meta_Made.jsonl"}
+    content = {n: (tmp_path / n / "raw" / "Made.jsonl").read_bytes() for n in "abc"}
+    assert content["a"] == content["b"] != content["c"] and content["a"].count(b"\n") == 3_000
+    prepare.same_tables(tmp_path / "a" / "raw")
+    assert prepare.plain_read(tmp_path / "a" / "raw", tmp_path) == prepare.ours_read(tmp_path / "a" / "raw", tmp_path) == 3_000
+
+
+def test_sides_that_write_other_tables_are_found_out(tmp_path, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    prepare.generate(tmp_path / "raw", 3_000, 200)
+    whole = prepare.plain_events
+    monkeypatch.setattr(prepare, "plain_events", lambda folder: whole(folder).assign(rating=1.0))
+    with pytest.raises(RuntimeError, match="do not write the same items"): prepare.same_tables(tmp_path / "raw")
+
+
+def test_preparing_is_measured_in_processes_without_torch(tmp_path):
+    (tmp_path / "raw").mkdir()
+    prepare.generate(tmp_path / "raw", 2_000, 200)
+    row = prepare.fresh("read", "ours", tmp_path / "raw")
+    assert row["rows"] == 2_000 and row["rows_per_s"] == pytest.approx(2_000 / row["seconds"]) and row["peak_mb"] < 350  # torch alone takes more
+    with pytest.raises(RuntimeError, match="prepare plain: FileNotFoundError"): prepare.fresh("prepare", "plain", tmp_path)
+
+
+def test_prepare_summary_compares_sides_and_sizes():
+    speed = {("tenth", "ours"): 50.0, ("tenth", "plain"): 10.0, ("whole", "ours"): 40.0, ("whole", "plain"): 5.0}
+    rows = [{"measure": m, "size": z, "pair": k, "side": s, "rows": 10 if z == "tenth" else 100, "rows_per_s": r, "rows_per_cpu_s": 2 * r, "peak_mb": 7.0 if s == "ours" else 9.0}
+            for (z, s), r in speed.items() for m in ("read", "prepare") for k in range(2)]
+    got = prepare.summary(pd.DataFrame(rows)).set_index(["measure", "size"])
+    whole = got.loc["read", "whole"]
+    assert whole.ratio == 8 and whole.ratio_cpu == 8 and whole.ours_growth == 1.25 and whole.plain_growth == 2 and whole.rows == 100
+    assert got.loc["prepare", "tenth"].ratio == 5 and whole.ours_peak_mb == 7 and whole.plain_peak_mb == 9

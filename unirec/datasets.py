@@ -55,6 +55,7 @@ class SetSpec:
         if unknown: raise ValueError(f"sets.{name}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         if missing: raise ValueError(f"sets.{name}: missing field {', '.join(missing)}")
         if block["format"] not in READERS: raise ValueError(f"sets.{name}.format: {block['format']!r} is unknown, use one of {sorted(READERS)}")
+        if block.get("repeats", "keep") not in ("keep", "first", "last"): raise ValueError(f"sets.{name}.repeats: {block['repeats']!r}, use keep, first or last")
         return cls(name, **{**block, "schema": Schema.from_params(block["schema"])})
 
 # %% ../nbs/02_datasets.ipynb #cell-008
