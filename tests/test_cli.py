@@ -135,7 +135,7 @@ def test_options_reach_the_tables(shop, capsys):
     assert "left_out" not in prepared()[0], "what another rule wrote is gone"
     again = pd.concat([VISITS, VISITS.head(3).assign(timestamp=VISITS.timestamp + 5)])
     WRITE["csv"](again, shop / "shop" / "interactions.csv")
-    assert prepared("--repeats", "first")[2]["dropped"] == {"repeated pair of user and item": 3} and prepared()[2]["rows_kept"] == len(again)
+    assert prepared("--repeats", "first")[2]["dropped"] == {"event of a repeated pair": 3} and prepared()[2]["rows_kept"] == len(again)
     WRITE["csv"](VISITS.assign(timestamp=VISITS.timestamp * 1000), shop / "shop" / "interactions.csv")
     assert prepared("--time-unit", "ms")[0]["train"].equals(plain["train"])
     WRITE["csv"](VISITS.assign(timestamp=7), shop / "shop" / "interactions.csv")

@@ -26,11 +26,12 @@ from PIL import Image
 
 from unirec import sources
 from unirec.archives import gunzip, unzip
-from unirec.datasets import SetSpec, clean_image, download
+from unirec.datasets import SetSpec, download
 from unirec.fetch import FetchError, Patience, beside, digest, fetch, fetch_hub, own_trouble, write_json
 from unirec.pictures import Limits, examine, fetch_pictures, packed, picture_urls
+from unirec.prepare import prepare
+from unirec.raw import clean_image
 from unirec.sources import SOURCES, ByHand, RawFile, Source, five_core, get, join_reviews
-from unirec.steps import prepare
 from unirec.store import picture_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -633,7 +634,7 @@ def listing(server, folder, stem, add=""):
 def test_a_set_by_name_goes_through_the_download_stage(server, tmp_path, monkeypatch):
     site = tmp_path / "site"
     site.mkdir()
-    events = [(f"u{u}", f"i{(u + k) % 6}", 5.0, 1000 * k + u) for u in range(6) for k in range(5)]
+    events = [(f"u{u}", f"i{(u + k) % 6}", 5.0, 1_600_000_000_000 + 1000 * k + u) for u in range(6) for k in range(5)]
     (site / "Toys.csv").write_text("user_id,parent_asin,rating,timestamp\n" + "".join(",".join(map(str, e)) + "\n" for e in events))
     lines = [json.dumps({"user_id": u, "parent_asin": i, "rating": r, "timestamp": t, "title": "t", "text": f"{u} on {i}"}) for u, i, r, t in events]
     (site / "Toys.jsonl").write_text("\n".join([*reversed(lines), json.dumps({"user_id": "other", "parent_asin": "i1", "rating": 1.0, "timestamp": 1})]) + "\n")

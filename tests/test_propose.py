@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unirec.datasets import READERS, SetSpec, clean, dig
+from unirec.datasets import READERS, SetSpec
 from unirec.propose import LIMITS, as_yaml, columns, guess, guess_number, propose, propose_file, read_records
+from unirec.raw import clean, dig
 from unirec.schema import Attribute, Schema, read_schema
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
@@ -95,7 +96,7 @@ SHOP = pd.DataFrame({"item_id": [f"p{i}" for i in range(12)], "title": [f"A thin
 def test_a_shop_goes_through_the_reader_with_what_was_proposed(suffix, tmp_path):
     path = tmp_path / f"items.{suffix}"
     {"csv": lambda: SHOP.to_csv(path, index=False), "jsonl": lambda: SHOP.to_json(path, orient="records", lines=True), "parquet": lambda: SHOP.to_parquet(path)}[suffix]()
-    pd.DataFrame({"user_id": ["u"] * 12, "item_id": SHOP.item_id, "timestamp": range(12)}).to_csv(tmp_path / "interactions.csv", index=False)
+    pd.DataFrame({"user_id": ["u"] * 12, "item_id": SHOP.item_id, "timestamp": range(1_600_000_000, 1_600_000_012)}).to_csv(tmp_path / "interactions.csv", index=False)
     (tmp_path / "schema.yaml").write_text(propose_file(path))
     schema = read_schema(tmp_path / "schema.yaml")
     assert [(a.name, a.type, a.source, a.split, a.scale) for a in schema] == [

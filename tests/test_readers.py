@@ -457,7 +457,7 @@ def test_a_user_with_one_event_is_left_out_and_counted(shop):
 
 
 def test_a_set_that_is_empty_after_the_k_core_is_an_error(shop):
-    with pytest.raises(ValueError, match=r"no event is left of 31 after the k-core \(users >= 9"): prepare(shop[0] / "raw", spec("table", SIMPLE, k_core_users=9), shop[0] / "out", 3)
+    with pytest.raises(ValueError, match=r"no event is left after the k-core \(users >= 9, items >= 1\) of 31 events"): prepare(shop[0] / "raw", spec("table", SIMPLE, k_core_users=9), shop[0] / "out", 3)
     assert not (shop[0] / "out").exists()
 
 

@@ -41,8 +41,8 @@ def stem_of(raw: Path,       # folder with raw files
     named = [p for p in RAW_FILES.get(format, ()) if "{name}" in p]
     if not named: return "items"
     before, _, after = named[-1].partition("{name}")
-    found = sorted(p.name[len(before):len(p.name) - len(after)] for p in raw.glob(f"{before}*{after}"))
-    if len(found) != 1: raise ValueError(f"--raw {raw}: expected one file {before}<name>{after}, found {', '.join(found) or 'none'}; name it with --files")
+    found = sorted({p.name[len(before):p.name.rindex(after.rstrip("*"))] for p in raw.glob(f"{before}*{after}")})
+    if len(found) != 1: raise ValueError(f"--raw {raw}: expected one file {before}<name>{after.rstrip('*')}, found {', '.join(found) or 'none'}; name it with --files")
     return found[0]
 
 # %% ../nbs/20_cli.ipynb #cell-009

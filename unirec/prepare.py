@@ -57,7 +57,7 @@ def indexed(events: pd.DataFrame, items: pd.DataFrame, spec: SetSpec) -> tuple[p
     (user, user_ids), (item, item_ids) = pd.factorize(events.user_id), pd.factorize(events.item_id)
     single = once(user, item, events.timestamp.to_numpy(), spec.repeats)
     kept, rounds = core(user[single], item[single], spec.k_core_users, spec.k_core_items)
-    if not len(kept): raise ValueError(f"no event is left of {len(events)} after the k-core (users >= {spec.k_core_users}, items >= {spec.k_core_items}); lower k_core in params.yaml")
+    if not len(kept): raise ValueError(f"no event is left after the k-core (users >= {spec.k_core_users}, items >= {spec.k_core_items}) of {len(events)} events; lower k_core_users or k_core_items of the data set")
     kept = single[kept]
     user, item = user[kept], item[kept]
     user, seen = pd.factorize(user)
@@ -94,7 +94,7 @@ def candidate_chunks(user: np.ndarray, item: np.ndarray,        # (E,) indices o
         who = asked[a:a + size]
         counts, own, touched = touched_by(pairs, who, n_items)
         few = np.flatnonzero(n_items - counts < negatives)
-        if len(few): raise ValueError(f"user {who[few[0]]} has only {n_items - counts[few[0]]} untouched items, {negatives} negatives were asked for; lower evaluate.negatives")
+        if len(few): raise ValueError(f"user {who[few[0]]} has only {n_items - counts[few[0]]} untouched items, {negatives} negatives were asked for; lower evaluate.negatives (--negatives at a shell)")
         drawn = np.stack([rng.choice(n_items - m, negatives, replace=False) for m in counts.tolist()])
         begin = np.cumsum(counts) - counts
         below = own * (n_items + 1) + touched - (np.arange(len(own)) - begin[own])            # by row: untouched items below each touched one

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from .schema import one_line, schema_yaml
+from .schema import LARGEST, one_line, schema_yaml
 
 # %% ../nbs/00_propose.ipynb #cell-006
 def read_records(path: Path,          # items.csv, .jsonl or .parquet
@@ -94,11 +94,11 @@ LIMITS = Limits()
 
 # %% ../nbs/00_propose.ipynb #cell-015
 def as_number(value) -> float | None:
-    "The number that a value reads as ($ and thousands commas are allowed, as the readers allow them), None if it is none."
+    "The number that a value reads as ($ and thousands commas are allowed, beyond LARGEST it is a mistake, as for the readers), None if it is none."
     if isinstance(value, bool) or not isinstance(value, (int, float, str, np.number)): return None
     try: number = float(value.replace("$", "").replace(",", "")) if isinstance(value, str) else float(value)
     except (ValueError, OverflowError): return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None
 
 def skewness(x: np.ndarray) -> float:
     "Third standardised moment; 0 where all values are the same."
@@ -192,6 +192,8 @@ def guess(source: str,     # dotted
     if not all(isinstance(w, (str, int, float, bool, np.number)) for w in flat): return Guess(None, f"values of the kind {type(flat[0]).__name__}: there is no type for them")
     if len({json.dumps(v, default=str) for v in values}) == 1 and len(values) > 1: return Guess(None, "constant: one value wherever there is one")
     if all(isinstance(w, bool) for w in flat): return Guess({"type": "category", "source": source}, "yes or no")
+    huge = sum(isinstance(w, (int, float, np.number)) and abs(w) > LARGEST for w in flat)
+    if huge > (1 - limits.numbers) * len(flat): return Guess(None, f"{huge} numbers beyond {LARGEST:g}, which no reader takes: mistakes, or ids (write those as text)")
     return (None if any(isinstance(v, list) for v in values) else guess_number(source, values, limits)) or guess_words(source, values, limits)
 
 # %% ../nbs/00_propose.ipynb #cell-030
