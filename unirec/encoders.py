@@ -13,7 +13,7 @@ import io
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -68,30 +68,50 @@ def token_batches(lengths: Sequence[int],  # tokens per text
 
 # %% ../nbs/04_encoders.ipynb #cell-016
 class TextEncoder:
-    "A frozen Hugging Face encoder: texts in, one vector each out."
+    "A frozen Hugging Face encoder: texts in, one vector each out. Its model is loaded when the first text comes."
+    chunk = 8192  # texts a call, where a cache asks
     def __init__(self, uri: str,              # folder or pip:<package>/<path>
                  dtype: str = "float32",      # dtype of the forward pass: float32, bfloat16 or auto
-                 max_length: int = 256,       # tokens; longer texts are cut, and counted in `cut`
+                 max_length: int = 256,       # tokens; longer texts are cut, counted in `cut` and marked in `was_cut`
                  budget: int = 8192):         # tokens per batch
-        from transformers import AutoModel, AutoTokenizer  # takes seconds: only where it is used
         self.uri, self.dtype, self.max_length, self.budget, self.cut = uri, pick_dtype(dtype), max_length, budget, 0
-        folder = locate(uri)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=getattr(torch, self.dtype)).eval()
-        self.width, self.files = self.model.config.hidden_size, {f.name: sha256(f) for f in sorted(folder.glob("*.safetensors"))}
+        self.folder = locate(uri)
+        self.files = {f.name: sha256(f) for f in sorted(self.folder.glob("*.safetensors"))}
+
+    @cached_property
+    def tokenizer(self):
+        "The model's own tokenizer."
+        from transformers import AutoTokenizer  # takes seconds: only where it is used
+        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        "The frozen model."
+        from transformers import AutoModel
+        return AutoModel.from_pretrained(self.folder, local_files_only=True, dtype=getattr(torch, self.dtype)).eval()
+
+    @property
+    def width(self) -> int:
+        "Of a vector."
+        return self.model.config.hidden_size
 
     @property
     def key(self) -> dict:
         "What the vectors depend on besides the value."
         return {"encoder": self.uri, "pooling": "mean", "dtype": self.dtype, "max_length": self.max_length, "weights_sha256": self.files}
 
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        "Token ids, cut where a text is too long."
+        ids = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        self.was_cut = np.array([len(i) > self.max_length for i in ids])
+        self.cut += int(self.was_cut.sum())
+        for r in np.flatnonzero(self.was_cut): ids[r] = self.tokenizer(texts[r], truncation=True, max_length=self.max_length)["input_ids"]
+        return ids
+
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:  # (n, width) float32, unit length
         if not len(texts): return np.zeros((0, self.width), np.float32)
-        full = self.tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
-        self.cut += sum(len(i) > self.max_length for i in full)
-        ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
-        out = np.empty((len(texts), self.width), np.float32)
+        ids, out = self.tokens(texts), np.empty((len(texts), self.width), np.float32)
         with tqdm(total=len(texts), desc="texts", unit="text", disable=None, mininterval=5) as bar:
             for rows in token_batches([len(i) for i in ids], self.budget):
                 batch = self.tokenizer.pad({"input_ids": [ids[r] for r in rows]}, return_tensors="pt")
@@ -133,14 +153,18 @@ def read_picture(data: bytes,          # the file's bytes
 
 # %% ../nbs/04_encoders.ipynb #cell-024
 class ImageEncoder:
-    "A frozen image trunk: file contents in, one vector each out."
-    width = 1280
+    "A frozen image trunk: file contents in, one vector each out. Its model is loaded when the first picture comes."
+    width, chunk = 1280, 1024  # chunk: pictures a call, where a cache asks
     def __init__(self, uri: str, text_uri: str,      # weights of the trunk; folder of the text tower
                  dtype: str = "float32", batch: int = 32):
-        self.uri, self.dtype, self.batch = uri, pick_dtype(dtype), batch
-        weights = locate(uri)
-        self.model = lite0_clip(weights, locate(text_uri)).visual.trunk.eval().to(memory_format=torch.channels_last, dtype=getattr(torch, self.dtype))
-        self.files = {weights.name: sha256(weights)}
+        self.uri, self.text_uri, self.dtype, self.batch = uri, text_uri, pick_dtype(dtype), batch
+        self.weights = locate(uri)
+        self.files = {self.weights.name: sha256(self.weights)}
+
+    @cached_property
+    def model(self) -> nn.Module:
+        "The frozen trunk."
+        return lite0_clip(self.weights, locate(self.text_uri)).visual.trunk.eval().to(memory_format=torch.channels_last, dtype=getattr(torch, self.dtype))
 
     @property
     def key(self) -> dict:

