@@ -23,9 +23,10 @@ from PIL import Image
 from .baselines import itemknn, markov, mean_vectors, popularity
 from .breakdowns import Watched, by_group, list_figures, modality_retrieval, target_groups
 from .datasets import READERS, SetSpec, download
-from .encoders import ImageEncoder, TextEncoder, keep_memory
+from .encoders import TextEncoder, keep_memory
 from .hierarchy import EncoderConfig, Events, last_batches
 from .metrics import expected_ranks, history_mask, ranks, summarise
+from .openclip import image_encoder
 from .recommender import LLMConfig, UniRec
 from .sequential import SASRecConfig, sasrec
 from .splits import Histories, in_order, k_core, leave_one_out, sample_candidates, split_hash, train_aggregate
@@ -80,8 +81,9 @@ def towers(encode: Mapping,   # params.yaml's `encode`
            ) -> dict[str, Callable]:
     "The frozen encoders."
     keep_memory()
-    text = TextEncoder(encode["text"], encode["dtype"], encode["max_length"], encode["token_budget"])
-    return {"text": text} | ({"image": ImageEncoder(encode["image"], encode["text"], encode["dtype"])} if images else {})
+    text = TextEncoder(encode["text"], encode["dtype"], encode["max_length"], encode["token_budget"], encode.get("pooling", "auto"), encode.get("instruction", ""))
+    review = {"review": text.with_instruction(encode["query_instruction"])} if encode.get("query_instruction") else {}
+    return {"text": text} | review | ({"image": image_encoder(encode["image"], encode["text"], encode["dtype"])} if images else {})
 
 # %% ../nbs/16_steps.ipynb #cell-010
 def embed(prepared: Path, raw: Path, spec: SetSpec, encode: Mapping, out: Path) -> dict:

@@ -203,7 +203,7 @@ def build_store(items: pd.DataFrame, in_train: np.ndarray,  # (N,) does the item
     tables, names, rows = encode_slots(table, scales, encoders, files, good)
     tensors = {**grid(table, rows, len(items)), **spread(tables, rows, table, in_train), **texts_of(schema, reviews, encoders), "in_train": torch.as_tensor(in_train)}
     manifest = {"items_sha256": table_hash(items), "attributes": schema.names + ["item_id"], "values": {n: len(v) for n, v in tables.items()}, "reviews": len(tensors["reviews"]),
-                "encoders": {n: e.key for n, e in encoders.items() if hasattr(e, "key")}, "pictures_left_out": bad, "texts_cut": getattr(encoders["text"], "cut", 0)}
+                "encoders": {n: e.key for n, e in encoders.items() if hasattr(e, "key")}, "pictures_left_out": bad, "texts_cut": sum(getattr(encoders[n], "cut", 0) for n in ("text", "review") if n in encoders)}
     if group is None or group.is_main_process: write_store(out, tensors, names, manifest)
     if group is not None: group.wait_for_everyone()
     return json.loads((out / "manifest.json").read_text())
@@ -225,7 +225,8 @@ def texts_of(schema: Schema, reviews: list[str | None], encoders: dict[str, Call
     event_rows = np.full(len(reviews), -1, np.int64)
     event_rows[[i for i, r in enumerate(reviews) if r]] = review_rows
     of = {"reviews": texts, "names": [a.label for a in schema] + ["item id"], "types": [TYPES[a.type] for a in schema] + [TYPES["id"]]}
-    return {"review_rows": torch.as_tensor(event_rows)} | {n: torch.as_tensor(ask(encoders["text"], values)) for n, values in of.items()}
+    who = lambda n: encoders.get("review", encoders["text"]) if n == "reviews" else encoders["text"]   # where a model has another instruction for what users say
+    return {"review_rows": torch.as_tensor(event_rows)} | {n: torch.as_tensor(ask(who(n), values)) for n, values in of.items()}
 
 # %% ../nbs/05_store.ipynb #cell-032
 def write_store(out: Path, tensors: dict[str, Tensor], names: dict[str, np.ndarray], manifest: dict) -> None:
