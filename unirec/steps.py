@@ -23,11 +23,12 @@ from PIL import Image
 from .baselines import itemknn, markov, mean_vectors, popularity
 from .breakdowns import Watched, by_group, list_figures, modality_retrieval, target_groups
 from .datasets import READERS, SetSpec, download
-from .encoders import TextEncoder, keep_memory
+from .encoders import keep_memory
 from .hierarchy import EncoderConfig, Events, last_batches
 from .metrics import expected_ranks, history_mask, ranks, summarise
-from .openclip import image_encoder
+from .modalities import encoders_of
 from .recommender import LLMConfig, UniRec
+from .schema import Schema
 from .sequential import SASRecConfig, sasrec
 from .splits import Histories, in_order, k_core, leave_one_out, sample_candidates, split_hash, train_aggregate
 from .store import Catalogue, build_store, load_catalogue, picture_bytes
@@ -77,13 +78,11 @@ def _quality(items, users, table, parts, quality, core, spec) -> dict:
 
 # %% ../nbs/16_steps.ipynb #cell-009
 def towers(encode: Mapping,   # params.yaml's `encode`
-           images: bool,      # does the schema have pictures?
+           schema: Schema,
            ) -> dict[str, Callable]:
     "The frozen encoders."
     keep_memory()
-    text = TextEncoder(encode["text"], encode["dtype"], encode["max_length"], encode["token_budget"], encode.get("pooling", "auto"), encode.get("instruction", ""))
-    review = {"review": text.with_instruction(encode["query_instruction"])} if encode.get("query_instruction") else {}
-    return {"text": text} | review | ({"image": image_encoder(encode["image"], encode["text"], encode["dtype"])} if images else {})
+    return encoders_of(schema, encode)
 
 # %% ../nbs/16_steps.ipynb #cell-010
 def embed(prepared: Path, raw: Path, spec: SetSpec, encode: Mapping, out: Path) -> dict:
@@ -93,7 +92,7 @@ def embed(prepared: Path, raw: Path, spec: SetSpec, encode: Mapping, out: Path) 
     seen = np.bincount(parts[0].item, minlength=len(items)) > 0
     reviews = [r for p in parts for r in p.review.where(p.review.notna(), None)]
     cache = out.parent / encode["cache"] / out.name if encode.get("cache") else None       # beside the stores: DVC empties a stage's outs before it runs
-    return build_store(items, seen, spec.schema, reviews, towers(encode, bool(spec.schema.of("image"))), raw, out, cache)
+    return build_store(items, seen, spec.schema, reviews, towers(encode, spec.schema), raw, out, cache)
 
 # %% ../nbs/16_steps.ipynb #cell-012
 @dataclass
