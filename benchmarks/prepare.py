@@ -27,7 +27,8 @@ WORDS = 4_000   # of a made-up vocabulary
 PIECES = 20_000  # made-up review texts that the reviews draw from
 SCHEMA = {"title": {"type": "text"}, "description": {"type": "text"},
           "brand": {"type": "category", "source": "details.Brand"}, "color": {"type": "category", "source": "details.Color"},
-          "price": {"type": "number", "scale": "log"}, "average_rating": {"type": "number", "source": "train:mean_rating"}, "rating_number": {"type": "number", "source": "train:count", "scale": "log"}}
+          "price": {"type": "number", "scale": "log"},
+          "average_rating": {"type": "number", "source": "train:mean_rating"}, "rating_number": {"type": "number", "source": "train:count", "scale": "log"}}
 
 
 def spec() -> SetSpec:
@@ -49,7 +50,8 @@ def generate(folder: Path, reviews: int, items: int, seed: int = 0, block: int =
         for i in range(items):
             price = "null" if i % 3 == 0 else f"{rng.integers(100, 9999) / 100}"
             f.write(f'{{"main_category": "Made", "title": {titles[rng.integers(PIECES)]}, "average_rating": 4.1, "rating_number": 17, '
-                    f'"features": [{few[i % PIECES]}, {titles[i % PIECES]}], "description": [{long[rng.integers(PIECES)]}, {long[i % PIECES]}], "price": {price}, "images": [{{"thumb": "t{i}.jpg", "large": "images/l{i}.jpg", "variant": "MAIN", "hi_res": null}}], '
+                    f'"features": [{few[i % PIECES]}, {titles[i % PIECES]}], "description": [{long[rng.integers(PIECES)]}, {long[i % PIECES]}], "price": {price}, '
+                    f'"images": [{{"thumb": "t{i}.jpg", "large": "images/l{i}.jpg", "variant": "MAIN", "hi_res": null}}], '
                     f'"videos": [], "store": "S{i % 997}", "categories": ["Made", "C{i % 37}"], '
                     f'"details": {{"Brand": "B{i % 991}", "Color": "{["Red", "Teal", "Sand"][i % 3]}", "Weight": "3 ounces"}}, '
                     f'"parent_asin": "P{i:09d}", "bought_together": null}}\n')
