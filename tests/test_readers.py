@@ -33,7 +33,7 @@ FLAT = {"title": {"type": "text"}, "brand": {"type": "category"}, "price": {"typ
 
 def spec(format, schema=None, **other) -> SetSpec:
     "A data set in a format."
-    schema = schema or {"amazon2023": SCHEMA, "amazon2018": FLAT, "amazon2014": FLAT, "recbole": FLAT, "table": FLAT, "yelp": {"name": {"type": "text"}, "city": {"type": "category"}, "photo": {"type": "image"}}}[format]
+    schema = schema or {"amazon2023": SCHEMA, "yelp": {"name": {"type": "text"}, "city": {"type": "category"}, "photo": {"type": "image"}}}.get(format, FLAT)
     return SetSpec.from_params("toy", {"format": format, "source": "made up", "files": "Toy", "schema": schema, "k_core_users": 1, "k_core_items": 1, **other})
 
 
@@ -82,7 +82,10 @@ def yelp(folder, items=None, reviews=None, photos=None):
     if photos: dump(folder / "photos.json", photos)
 
 
-def recbole(folder, items="item_id:token\ttitle:token_seq\tbrand:token\tprice:float\tpicture:token\na\tPot\tAcme\t5\timages/a.png\n", inter="", head="user_id:token\titem_id:token\trating:float\ttimestamp:float\n"):
+ATOMIC = "item_id:token\ttitle:token_seq\tbrand:token\tprice:float\tpicture:token\na\tPot\tAcme\t5\timages/a.png\n"
+
+
+def recbole(folder, items=ATOMIC, inter="", head="user_id:token\titem_id:token\trating:float\ttimestamp:float\n"):
     (folder / "Toy.item").write_bytes(items if isinstance(items, bytes) else items.encode())
     (folder / "Toy.inter").write_bytes(f"{head}v\ta\t4\t{NOW // 1000}\n".encode() + (inter if isinstance(inter, bytes) else inter.encode()))
 
@@ -122,8 +125,10 @@ def encoded(name, coding): return lambda folder: (folder / name).write_bytes((fo
 
 
 FAULTS = {  # sentence -> format, what is written, an error's words or what is counted
-    "a gzip of reviews that is cut names the file": ("amazon2023", both(lambda f: amazon2023(f, pack=True), lambda f: cut(f, "Toy.jsonl.gz")), r"Toy\.jsonl\.gz, after row \d+: the file is cut or damaged"),
-    "a gzip of items that is cut names the file": ("amazon2023", both(lambda f: amazon2023(f, pack=True), lambda f: cut(f, "meta_Toy.jsonl.gz")), r"meta_Toy\.jsonl\.gz, after row \d+: the file is cut or damaged"),
+    "a gzip of reviews that is cut names the file": (
+        "amazon2023", both(lambda f: amazon2023(f, pack=True), lambda f: cut(f, "Toy.jsonl.gz")), r"Toy\.jsonl\.gz, after row \d+: the file is cut or damaged"),
+    "a gzip of items that is cut names the file": (
+        "amazon2023", both(lambda f: amazon2023(f, pack=True), lambda f: cut(f, "meta_Toy.jsonl.gz")), r"meta_Toy\.jsonl\.gz, after row \d+: the file is cut or damaged"),
     "a file called gz that is none is refused": ("amazon2023", both(amazon2023, lambda f: (f / "Toy.jsonl").rename(f / "Toy.jsonl.gz")), "the name says gzip, the content is not"),
     "a file that is not there is named": ("amazon2023", both(amazon2023, lambda f: (f / "Toy.jsonl").unlink()), r"none of Toy\.jsonl\[\.gz\] is there"),
     "a line that is cut names its row": ("amazon2023", both(raw_lines(review()), lambda f: cut(f, "Toy.jsonl", 20)), r"Toy\.jsonl, row 2: not JSON .* is the file whole"),
@@ -142,7 +147,8 @@ FAULTS = {  # sentence -> format, what is written, an error's words or what is c
     "a time that is infinite names row and field": ("amazon2023", raw_lines(json.dumps(review(timestamp=math.inf))), "row 2: field 'timestamp' is inf, expected a time"),
     "a file in Latin-1 names row and byte": ("amazon2023", both(amazon2023, encoded("Toy.jsonl", "latin-1")), r"Toy\.jsonl, row 1: byte 0xfc is not UTF-8; convert"),
     "a file in UTF-16 says so": ("amazon2023", both(amazon2023, encoded("Toy.jsonl", "utf-16")), r"Toy\.jsonl, row 1: the file is UTF-16"),
-    "a NUL byte in a line names its row": ("amazon2023", both(raw_lines(review()), lambda f: (f / "Toy.jsonl").write_bytes((f / "Toy.jsonl").read_bytes() + b"\0\0\0\n")), r"Toy\.jsonl, row 3: a NUL byte"),
+    "a NUL byte in a line names its row": (
+        "amazon2023", both(raw_lines(review()), lambda f: (f / "Toy.jsonl").write_bytes((f / "Toy.jsonl").read_bytes() + b"\0\0\0\n")), r"Toy\.jsonl, row 3: a NUL byte"),
     "an empty file of reviews leaves no event": ("amazon2023", both(amazon2023, lambda f: (f / "Toy.jsonl").write_text("")), "no event is left of 0"),
     "files of different sets leave no event": ("amazon2023", lambda f: amazon2023(f, items=[item(parent_asin="other")]), "no event is left of 1: .*'event of an unknown item': 1"),
     "metadata of 2014 that would run code is refused": ("amazon2014", lambda f: amazon2014(f, items=["__import__('os').getcwd()"]), r"meta_Toy\.json, row 1: not a Python literal"),
@@ -150,8 +156,10 @@ FAULTS = {  # sentence -> format, what is written, an error's words or what is c
     "a date of Yelp that does not exist names the row": ("yelp", lambda f: yelp(f, reviews=[stars(date="2018-02-30 10:00:00")]), "row 2: field 'date' is '2018-02-30 10:00:00', expected a date"),
     "a date of Yelp in another form names the row": ("yelp", lambda f: yelp(f, reviews=[stars(date="7 July 2018")]), "row 2: field 'date' is '7 July 2018', expected a date"),
     "a photo of no business names the row": ("yelp", lambda f: yelp(f, photos=[{"photo_id": "p"}]), r"photos\.json, row 1: expected the texts business_id and photo_id"),
-    "an atomic file without types names the column": ("recbole", lambda f: recbole(f, head="user_id\titem_id:token\trating:float\ttimestamp:float\n"), r"Toy\.inter, row 1: column 'user_id' has no type"),
-    "an atomic file without times names the column": ("recbole", lambda f: recbole(f, head="user_id:token\titem_id:token\trating:float\twhen:float\n"), r"Toy\.inter, row 1: column timestamp is missing"),
+    "an atomic file without types names the column": (
+        "recbole", lambda f: recbole(f, head="user_id\titem_id:token\trating:float\ttimestamp:float\n"), r"Toy\.inter, row 1: column 'user_id' has no type"),
+    "an atomic file without times names the column": (
+        "recbole", lambda f: recbole(f, head="user_id:token\titem_id:token\trating:float\twhen:float\n"), r"Toy\.inter, row 1: column timestamp is missing"),
     "an atomic file with a short row names the row": ("recbole", lambda f: recbole(f, inter="u\ta\n"), r"Toy\.inter, row 3: 2 fields, the header has 4"),
     "an atomic file with a long row names the row": ("recbole", lambda f: recbole(f, inter="u\ta\t4\t1600000000\t1\n"), r"Toy\.inter, row 3: 5 fields, the header has 4"),
     "an atomic file with a word as time names the row": ("recbole", lambda f: recbole(f, inter="u\ta\t4\tnoon\n"), r"Toy\.inter, row 3: timestamp 'noon' is not a number"),
@@ -161,7 +169,8 @@ FAULTS = {  # sentence -> format, what is written, an error's words or what is c
     "a table without a column of times names it": ("table", lambda f: table(f, head="user_id,item_id,rating,when\n"), r"interactions\.csv, row 1: column timestamp is missing"),
     "a table with a word as time names the row": ("table", lambda f: table(f, inter="u,a,4,noon\n"), r"interactions\.csv, row 3: timestamp 'noon' is not a number"),
     "a table with more fields than its header names the row": ("table", lambda f: table(f, items="item_id,title\na,Pot,1\n"), r"items\.csv, row 2: more fields than the header"),
-    "a table that is not parquet inside is refused": ("table", both(table, lambda f: (f / "items.csv").unlink(), lambda f: (f / "items.parquet").write_bytes(b"PAR1 no")), r"items\.parquet: not a whole parquet table"),
+    "a table that is not parquet inside is refused": (
+        "table", both(table, lambda f: (f / "items.csv").unlink(), lambda f: (f / "items.parquet").write_bytes(b"PAR1 no")), r"items\.parquet: not a whole parquet table"),
     "a table that is not there is named": ("table", both(table, lambda f: (f / "items.csv").unlink()), r"no items\.jsonl, items\.csv or items\.parquet"),
     "a unit of time that is unknown is refused": ("table", lambda f: (table(f), {"options": {"time_unit": "days"}})[1], "options.time_unit: 'days', use s, ms or auto"),
     # counted
@@ -172,14 +181,17 @@ FAULTS = {  # sentence -> format, what is written, an error's words or what is c
     "a price that is a range is missing and counted": ("amazon2023", meta(price="$5.00 - $9.00"), Counted(invalid={"price": 1})),
     "a price that is true is missing and counted": ("amazon2023", meta(price=True), Counted(invalid={"price": 1})),
     "a price that is a record is missing and counted": ("amazon2023", meta(price={"usd": 5}), Counted(invalid={"price": 1})),
-    "a price that is a word of 2018's style sheets is missing and counted": ("amazon2018", lambda f: amazon2018(f, items=[flat(item()), flat(item(parent_asin="b", price=".a-box{color:red}"))]), Counted(invalid={"price": 1})),
+    "a price that is a word of 2018's style sheets is missing and counted": (
+        "amazon2018", lambda f: amazon2018(f, items=[flat(item()), flat(item(parent_asin="b", price=".a-box{color:red}"))]), Counted(invalid={"price": 1})),
     "a title that is empty is missing": ("amazon2023", meta(title="  "), Counted()),
     "a title that is a record is missing and counted": ("amazon2023", meta(title={"en": "Pot"}), Counted(invalid={"title": 1})),
-    "a title that is half a character is missing and counted": ("amazon2023", lambda f: amazon2023(f, items=[item(), json.dumps(item(parent_asin="b", title="\ud83d"))]), Counted(invalid={"title": 1})),
+    "a title that is half a character is missing and counted": (
+        "amazon2023", lambda f: amazon2023(f, items=[item(), json.dumps(item(parent_asin="b", title="\ud83d"))]), Counted(invalid={"title": 1})),
     "details that are no record have no brand": ("amazon2023", meta(details="none"), Counted()),
     "a picture above the folder is missing and counted": ("amazon2023", meta(images=[{"variant": "MAIN", "large": "../../secret.png"}]), Counted(invalid={"picture": 1})),
     "a picture at an absolute path is missing and counted": ("amazon2023", meta(images=["/etc/secret.png"]), Counted(invalid={"picture": 1})),
-    "a picture above the folder by backslashes is missing and counted": ("table", lambda f: table(f, items="item_id,title,brand,price,picture\na,Pot,Acme,5,..\\..\\secret.png\n"), Counted(invalid={"picture": 1})),
+    "a picture above the folder by backslashes is missing and counted": (
+        "table", lambda f: table(f, items="item_id,title,brand,price,picture\na,Pot,Acme,5,..\\..\\secret.png\n"), Counted(invalid={"picture": 1})),
     "an item listed again counts once": ("amazon2023", lambda f: amazon2023(f, items=[item(), item()]), Counted({"item listed again": 1})),
     "an item listed again with other values is counted apart": ("amazon2023", lambda f: amazon2023(f, items=[item(), item(title="Pan")]), Counted({"item listed again, with other values": 1})),
     "an item without an id is counted": ("amazon2023", lambda f: amazon2023(f, items=[item(), item(parent_asin=None)]), Counted({"item without an id": 1})),
@@ -206,7 +218,8 @@ FAULTS = {  # sentence -> format, what is written, an error's words or what is c
     "keys that nobody knows are passed over": ("amazon2023", raw_lines(review(more={"deep": [1, {"x": None}]})), Counted(events=2)),
     "emoji and right-to-left text are read": ("amazon2023", raw_lines(review(text="\N{GRINNING FACE} \u05e9\u05dc\u05d5\u05dd \u202e")), Counted(events=2)),
     "a mark of UTF-8 at the start is passed over": ("amazon2023", both(amazon2023, lambda f: (f / "Toy.jsonl").write_bytes(b"\xef\xbb\xbf" + (f / "Toy.jsonl").read_bytes())), Counted()),
-    "lines that end as on Windows are read": ("amazon2023", both(raw_lines(review()), lambda f: (f / "Toy.jsonl").write_bytes((f / "Toy.jsonl").read_bytes().replace(b"\n", b"\r\n"))), Counted(events=2)),
+    "lines that end as on Windows are read": (
+        "amazon2023", both(raw_lines(review()), lambda f: (f / "Toy.jsonl").write_bytes((f / "Toy.jsonl").read_bytes().replace(b"\n", b"\r\n"))), Counted(events=2)),
     "a file that does not end with a line is read": ("amazon2023", both(raw_lines(review()), lambda f: cut(f, "Toy.jsonl", 1)), Counted(events=2)),
     "all files packed are read": ("amazon2023", lambda f: amazon2023(f, pack=True), Counted()),
 }
@@ -245,13 +258,15 @@ def test_text_is_cleaned(raw, wanted):
     assert clean(raw, Attribute("t", "text", "t")) == wanted
 
 
-@pytest.mark.parametrize("raw, unit, wanted", [([1_600_000_000, NOW], "auto", [NOW, NOW]), ([5], "ms", [5]), ([NOW], "s", [NOW * 1000]), ([10**11 - 1, 10**11], "auto", [10**14 - 1000, 10**11]), ([-5, 0], "auto", [-5000, 0])])
+@pytest.mark.parametrize("raw, unit, wanted", [
+    ([1_600_000_000, NOW], "auto", [NOW, NOW]), ([5], "ms", [5]), ([NOW], "s", [NOW * 1000]), ([10**11 - 1, 10**11], "auto", [10**14 - 1000, 10**11]), ([-5, 0], "auto", [-5000, 0])])
 def test_units_of_time_are_told_apart_by_the_rule(raw, unit, wanted):
     assert milliseconds(np.array(raw), unit).tolist() == wanted and milliseconds(np.array(raw, float), unit).tolist() == wanted
 
 
 @settings(max_examples=200)
-@given(st.recursive(st.none() | st.booleans() | st.integers(-2**63, 2**64 - 1) | st.floats() | st.text(st.characters()), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=8))
+@given(st.recursive(st.none() | st.booleans() | st.integers(-2**63, 2**64 - 1) | st.floats() | st.text(st.characters()),
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=8))
 def test_json_is_what_json_says(value):
     text = json.dumps(value)
     assert repr(from_json(text)) == repr(json.loads(text))
@@ -438,6 +453,9 @@ def test_candidates_are_those_of_the_plain_way(touched, n_items, seed, size):
     assert (made == sample_candidates(touched, targets, n_items, 7, seed)).all()
 
 
+COUNTED = {"title": {"type": "text"}, "mean": {"type": "number", "source": "train:mean_rating"}, "count": {"type": "number", "source": "train:count"}}
+
+
 @pytest.fixture
 def shop(tmp_path) -> tuple[Path, SetSpec]:
     "Six users with five events each over eight items, and one with a single event; raw files and their block."
@@ -446,7 +464,7 @@ def shop(tmp_path) -> tuple[Path, SetSpec]:
     (tmp_path / "raw").mkdir()
     dump(tmp_path / "raw" / "items.jsonl", items)
     dump(tmp_path / "raw" / "interactions.jsonl", [*rows, {"user_id": "once", "item_id": "i0", "rating": 1.0, "timestamp": 1_500_000_000, "review": None}])
-    return tmp_path, spec("table", {"title": {"type": "text"}, "mean": {"type": "number", "source": "train:mean_rating"}, "count": {"type": "number", "source": "train:count"}}, k_core_users=3)
+    return tmp_path, spec("table", COUNTED, k_core_users=3)
 
 
 def test_a_user_with_one_event_is_left_out_and_counted(shop):
@@ -488,7 +506,7 @@ sys.path[:0] = {[str(Path(preparing.__file__).parent.parent), str(Path(__file__)
 import test_readers as t, unirec.prepare as p
 from pathlib import Path
 p.{step} = lambda *a: os._exit(9)
-p.prepare(Path({str(folder / "raw")!r}), t.spec("table", {{"title": {{"type": "text"}}, "mean": {{"type": "number", "source": "train:mean_rating"}}, "count": {{"type": "number", "source": "train:count"}}}}, k_core_users=3), Path({str(folder / "out")!r}), 3)
+p.prepare(Path({str(folder / "raw")!r}), t.spec("table", t.COUNTED, k_core_users=3), Path({str(folder / "out")!r}), 3)
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
     assert (tables_of(folder / "out") == old) if before else not (folder / "out").exists()
@@ -516,7 +534,8 @@ def planted():
 def test_tables_without_a_leak_pass(): planted()[-1]()
 
 
-@pytest.mark.parametrize("leak", ["the target is in what precedes it", "an event later than the target is in train", "an event is in train and in test", "aggregates know valid and test", "a candidate was touched by the user"])
+@pytest.mark.parametrize("leak", [
+    "the target is in what precedes it", "an event later than the target is in train", "an event is in train and in test", "aggregates know valid and test", "a candidate was touched by the user"])
 def test_a_planted_leak_is_caught(leak):
     rows, parts, made, lists, check = planted()
     train, valid, test = parts["train"], parts["valid"], parts["test"]

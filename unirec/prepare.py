@@ -122,8 +122,9 @@ def check_parts(parts: dict[str, pd.DataFrame],  # train, valid, test: columns u
     order = np.lexsort((row if ties == "file" else part, times, user))
     back = (np.diff(part[order]) < 0) & (np.diff(user[order]) == 0)
     if back.any():
-        at = order[int(back.argmax())]
-        raise ValueError(f"leak: user {user[at]} has an event of {list(parts)[part[at]]} before one of {list(parts)[part[order[int(back.argmax()) + 1]]]}: what precedes a target holds an event at or after it")
+        at, after = order[int(back.argmax())], order[int(back.argmax()) + 1]
+        early, late = (list(parts)[part[k]] for k in (at, after))
+        raise ValueError(f"leak: user {user[at]} has an event of {early} before one of {late}: what precedes a target holds an event at or after it")
 
 # %% ../nbs/03_prepare.ipynb #cell-022
 def check_aggregates(items: pd.DataFrame, train: pd.DataFrame, schema: Schema) -> None:

@@ -179,8 +179,8 @@ def clean(raw, a: Attribute):  # a raw value and what it should be
     if a.type == "category":
         values = raw.split(a.split) if a.split and isinstance(raw, str) else raw if isinstance(raw, list) else [raw]
         return list(dict.fromkeys(filter(None, (whole(v).strip() for v in values if v is not None))))
-    text = " ".join(whole(v).strip() for v in raw if v is not None) if isinstance(raw, list) else "" if raw is None else whole(raw)
-    return text.strip() or None
+    if type(raw) is list: raw = " ".join([v.strip() if type(v) is str else whole(v).strip() for v in raw if v is not None])
+    return whole(raw).strip() or None if raw is not None else None
 
 # %% ../nbs/02_raw.ipynb #cell-036
 def strip_html(text: str | None) -> str | None:

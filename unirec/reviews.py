@@ -81,14 +81,14 @@ def exact(block: bytes, first: int, path: Path, fields: Mapping[str, str], inval
 # %% ../nbs/02_reviews.ipynb #cell-016
 def fast(block: bytes, fields: Mapping[str, str], dates: bool = False) -> pa.Table | None:
     "A block of lines by Arrow, None where it is not sure."
-    block = (block.replace(b"\r\n", b"\n") if b"\r" in block else block).strip(b" \t\r\n")
+    block = block.replace(b"\r\n", b"\n") if b"\r" in block else block
     schema = pa.schema([(fields[f.name], pa.string() if dates and f.name == "timestamp" else f.type) for f in REVIEW if f.name in fields])
     options = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try: table = pj.read_json(pa.BufferReader(block), read_options=pj.ReadOptions(use_threads=False, block_size=len(block) + 1), parse_options=options)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError): return None
     table = pa.table({n: table[fields[n]] if n in fields else pa.nulls(len(table), pa.string()) for n in REVIEW.names})
-    lines = block.count(b"\n") + 1
-    sure = block[:1] == b"{" and block[-1:] == b"}" and block.count(b"}\n{") == lines - 1 and len(table) == lines
+    lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    sure = block[:1] == b"{" and block.endswith((b"}", b"}\n")) and block.count(b"}\n{") == lines - 1 and len(table) == lines
     if not sure or any(table[c].null_count for c in ("user_id", "item_id", "timestamp")): return None
     largest = pc.max(pc.abs(table["rating"])).as_py()
     if largest is not None and not largest <= LARGEST: return None
