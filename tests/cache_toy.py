@@ -1,7 +1,7 @@
 """The vector cache with a stand-in tower, in processes of its own that are killed, starved of disk or run at once, for test_vectors.py.
 
 python tests/cache_toy.py FOLDER '{"name": [{...}, {...}]}' runs each name's attempts one after the other, each in a forked process (imports are paid once); a list inside the list is
-run at once. Printed as JSON: name -> what each attempt ended with, its exit code (minus the signal) and what it says of itself."""
+run at once. Without the JSON it is one of several launched processes. Printed as JSON: name -> what each attempt ended with, its exit code (minus the signal) and what it says of itself."""
 import errno
 import json
 import os
@@ -98,8 +98,26 @@ def start(folder: Path, out: Path, options: dict) -> int:
         os._exit(1)
 
 
+def launched(top: Path) -> None:
+    "One of several processes (accelerate launch): build a store of the words, the second process being slow to look; print what this one asked."
+    import pandas as pd
+
+    from unirec.schema import Schema
+    from unirec.store import build_store
+    group = vectors.process_group()
+    if group.process_index == 1:
+        real = vectors.VectorCache.refresh
+        vectors.VectorCache.refresh = lambda self: (time.sleep(0.2), real(self))[1]
+    items, schema = pd.DataFrame({"item_id": [str(i) for i in range(len(WORDS))], "title": WORDS}), Schema.from_params({"title": {"type": "text"}})
+    for run in ("first", "again"):
+        tower = Tower(top / f"{run}.{group.process_index}.asked")
+        build_store(items, np.ones(len(WORDS), bool), schema, [WORDS[0], None], {"text": tower}, None, top / run, top / "cache", group)
+    group.destroy_process_group()
+
+
 def main() -> None:
     "Run all attempts."
+    if len(sys.argv) == 2: return launched(Path(sys.argv[1]))
     top, ended = Path(sys.argv[1]), {}
     for name, attempts in json.loads(sys.argv[2]).items():
         ended[name] = []

@@ -1,18 +1,22 @@
 """The vector cache: killed at every line, two processes at once, a full disk, every byte damaged. It never gives a wrong vector."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cache_toy
 from cache_toy import WORDS, Tower, truth
+from unirec.schema import Schema
+from unirec.store import build_store
 from unirec.vectors import Cached, VectorCache, hashes, merge
 
 SCRIPT = Path(cache_toy.__file__)
@@ -102,6 +106,26 @@ def test_a_disk_that_takes_a_part_of_a_file(ended):
     first, second = ended[1]["small"]
     assert first["right"] is None and "make room and run again" in first["said"][0]
     assert second["right"] and sum(asked(ended[0], "small").values()) <= DISTINCT + Tower.chunk
+
+
+# several processes that share the work
+
+def test_two_launched_processes_share_the_values(tmp_path):
+    "Each encodes half and writes parts of its own; the store is that of one process; a rerun asks nothing."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                           "--main_process_port", str(port), str(SCRIPT), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lists = [(tmp_path / f"first.{rank}.asked").read_text().splitlines() for rank in (0, 1)]
+    assert set(Counter(lists[0] + lists[1]).values()) == {1} and set(lists[0] + lists[1]) == {*WORDS, "title", "item id", "free text", "identity"}
+    assert abs(len(lists[0]) - len(lists[1])) <= 3 and not list(tmp_path.glob("again.*.asked"))
+    items, schema = pd.DataFrame({"item_id": [str(i) for i in range(len(WORDS))], "title": WORDS}), Schema.from_params({"title": {"type": "text"}})
+    build_store(items, np.ones(len(WORDS), bool), schema, [WORDS[0], None], {"text": Tower(tmp_path / "alone.asked")}, None, tmp_path / "alone")
+    for run in ("first", "again"):
+        for name in ("vectors.safetensors", "hashes.safetensors"): assert (tmp_path / run / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 # damage

@@ -253,6 +253,7 @@ def fourier(x: np.ndarray  # (n,) standardised numbers, finite
     "Fixed Fourier features of a number; raises ValueError for NaN: a missing number has no features, it is masked."
     x = np.asarray(x, float)
     if not np.isfinite(x).all(): raise ValueError("a number that is missing or infinite has no features; mask it")
+    if (np.abs(x) > 1e30).any(): raise ValueError(f"{np.abs(x).max():.3g} standard deviations do not fit into float32; use scale: log")
     waves = x[:, None] * FREQUENCIES
     return np.concatenate([np.cos(waves), np.sin(waves), x[:, None], np.sign(x)[:, None]], 1).astype(np.float32)
 

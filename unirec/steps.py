@@ -35,6 +35,7 @@ from .splits import Histories
 from .store import Catalogue, build_store, load_catalogue, picture_bytes
 from .task import MODES, LossConfig, item_vectors, train
 from .training import FitConfig
+from .vectors import process_group
 
 # %% ../nbs/16_steps.ipynb #cell-006
 def towers(encode: Mapping,   # params.yaml's `encode`
@@ -52,7 +53,7 @@ def embed(prepared: Path, raw: Path, spec: SetSpec, encode: Mapping, out: Path) 
     seen = np.bincount(parts[0].item, minlength=len(items)) > 0
     reviews = [r for p in parts for r in p.review.where(p.review.notna(), None)]
     cache = out.parent / encode["cache"] / out.name if encode.get("cache") else None       # beside the stores: DVC empties a stage's outs before it runs
-    return build_store(items, seen, spec.schema, reviews, towers(encode, spec.schema), raw, out, cache)
+    return build_store(items, seen, spec.schema, reviews, towers(encode, spec.schema), raw, out, cache, process_group())
 
 # %% ../nbs/16_steps.ipynb #cell-009
 @dataclass

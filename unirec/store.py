@@ -47,6 +47,7 @@ class Scale:
     log: bool
     mean: float
     std: float
+    name: str = ""  # of the attribute
 
     @classmethod
     def of(cls, values: np.ndarray,  # numbers of train items, NaN is left out
@@ -56,11 +57,11 @@ class Scale:
         if a.scale == "log" and len(values) and values.min() <= -1: raise ValueError(f"attribute {a.name!r}: {values.min()} under a log scale; use scale: linear")
         values = np.log1p(values) if a.scale == "log" else values
         std = float(values.std()) if len(values) else 1.0
-        return cls(a.scale == "log", float(values.mean()) if len(values) else 0.0, std if std > 0 else 1.0)
+        return cls(a.scale == "log", float(values.mean()) if len(values) else 0.0, std if std > 0 else 1.0, a.name)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        "Standardised numbers."
-        return ((np.log1p(x) if self.log else x) - self.mean) / self.std
+        "Standardised numbers; not finite where the scale has no place for one."
+        with np.errstate(invalid="ignore", divide="ignore"): return ((np.log1p(x) if self.log else x) - self.mean) / self.std
 
 # %% ../nbs/05_store.ipynb #cell-012
 def distinct(values: Iterable,                # texts, numbers or content hashes; anything that can be compared
@@ -113,12 +114,14 @@ def contents(paths: pd.Series, files: Files, good: dict[str, bytes]) -> tuple[Co
 def standardised(part: pd.DataFrame,        # slots of numbers
                  scales: dict[int, Scale],  # per attribute
                  ) -> np.ndarray:           # (n,) float64
-    "Each number on its own attribute's scale."
+    "Each number on its own attribute's scale; raises ValueError that names the item and the attribute where that is not possible."
     z, values, attrs = np.empty(len(part)), part.value.to_numpy(float), part.attr.to_numpy()
     for a in np.unique(attrs): z[attrs == a] = scales[int(a)](values[attrs == a])
+    for i in np.flatnonzero(~np.isfinite(z))[:1]:
+        raise ValueError(f"items, row {part['item'].iloc[i]}, attribute {scales[int(attrs[i])].name!r}: {values[i]:g} has no place on its scale; correct it, or use scale: linear")
     return z
 
-# %% ../nbs/05_store.ipynb #cell-020
+# %% ../nbs/05_store.ipynb #cell-021
 def table_hash(items: pd.DataFrame  # the items table
                ) -> str:
     "sha256 of a table's contents and order, as one JSON list of rows; taken in pieces, because a large table's text would not fit."
@@ -129,7 +132,7 @@ def table_hash(items: pd.DataFrame  # the items table
     digest.update(b"]")
     return digest.hexdigest()
 
-# %% ../nbs/05_store.ipynb #cell-022
+# %% ../nbs/05_store.ipynb #cell-023
 def grid(table: pd.DataFrame,   # from `slots`
          rows: np.ndarray,      # (S,) row of each slot's value
          n_items: int) -> dict[str, Tensor]:
@@ -141,7 +144,7 @@ def grid(table: pd.DataFrame,   # from `slots`
     attr[at], value[at], mask[at] = torch.as_tensor(table.attr.to_numpy(np.int64, copy=True)), torch.as_tensor(rows), torch.ones(len(table), dtype=torch.bool)
     return {"attr": attr, "value": value, "mask": mask}
 
-# %% ../nbs/05_store.ipynb #cell-023
+# %% ../nbs/05_store.ipynb #cell-024
 def build_store(items: pd.DataFrame, in_train: np.ndarray,  # (N,) does the item have a train event?
                 schema: Schema, reviews: list[str | None],  # the review of every train and valid event
                 encoders: dict[str, Callable], folder: Path | None,  # raw folder, where files are
@@ -164,7 +167,7 @@ def build_store(items: pd.DataFrame, in_train: np.ndarray,  # (N,) does the item
     if group is not None: group.wait_for_everyone()
     return json.loads((out / "manifest.json").read_text())
 
-# %% ../nbs/05_store.ipynb #cell-024
+# %% ../nbs/05_store.ipynb #cell-025
 def look_at_files(table: pd.DataFrame, files: Files | None, encoders: dict[str, Callable]) -> tuple[dict[str, dict[str, bytes]], dict[str, dict[str, str]]]:
     "Per table whose values are files: path -> content hash, and path -> cause where a file cannot be used. What the cache has is not decoded again."
     good, bad = {}, {}
@@ -174,7 +177,7 @@ def look_at_files(table: pd.DataFrame, files: Files | None, encoders: dict[str, 
         good[name], bad[name] = readable(files, table.value[table.encoder == name], MODALITIES[name].check, known) if files else ({}, {})
     return good, bad
 
-# %% ../nbs/05_store.ipynb #cell-025
+# %% ../nbs/05_store.ipynb #cell-026
 def spread(tables: dict[str, np.ndarray], rows: np.ndarray, table: pd.DataFrame, in_train: np.ndarray) -> dict[str, Tensor]:
     "The tables, and per table the mean and spread over the values of train items."
     seen, out, offset = in_train[table["item"].to_numpy(np.int64)], {}, 0
@@ -184,7 +187,7 @@ def spread(tables: dict[str, np.ndarray], rows: np.ndarray, table: pd.DataFrame,
         offset += len(vectors)
     return out
 
-# %% ../nbs/05_store.ipynb #cell-026
+# %% ../nbs/05_store.ipynb #cell-027
 def texts_of(schema: Schema, reviews: list[str | None], encoders: dict[str, Callable]) -> dict[str, Tensor]:
     "Vectors of reviews, names and types, and the row of each event's review (-1: none)."
     texts, review_rows = distinct([r for r in reviews if r])
@@ -194,7 +197,7 @@ def texts_of(schema: Schema, reviews: list[str | None], encoders: dict[str, Call
     who = lambda n: encoders.get("review", encoders["text"]) if n == "reviews" else encoders["text"]   # where a model has another instruction for what users say
     return {"review_rows": torch.as_tensor(event_rows)} | {n: torch.as_tensor(ask(who(n), values)) for n, values in of.items()}
 
-# %% ../nbs/05_store.ipynb #cell-027
+# %% ../nbs/05_store.ipynb #cell-028
 def write_store(out: Path, tensors: dict[str, Tensor], names: dict[str, np.ndarray], manifest: dict) -> None:
     "Write a store's files, each at once or not at all; the manifest, which names the vectors' sha256, is the last."
     out.mkdir(parents=True, exist_ok=True)
@@ -210,14 +213,14 @@ def write_store(out: Path, tensors: dict[str, Tensor], names: dict[str, np.ndarr
     write_whole(out / "hashes.safetensors", save(content))
     write_whole(out / "manifest.json", json.dumps(manifest | {"vectors_sha256": written}, indent=1, sort_keys=True).encode())
 
-# %% ../nbs/05_store.ipynb #cell-028
+# %% ../nbs/05_store.ipynb #cell-029
 def _stat(used: np.ndarray, vectors: np.ndarray, of: Callable) -> Tensor:
     "Mean or spread of a table over the values of train items; a dimension that does not vary gets spread 1."
     if not len(used): return torch.zeros(vectors.shape[1]) if of is np.mean else torch.ones(vectors.shape[1])
     value = of(used, axis=0)
     return torch.as_tensor(np.where(value < 1e-6, 1.0, value) if of is np.std else value, dtype=torch.float32)
 
-# %% ../nbs/05_store.ipynb #cell-030
+# %% ../nbs/05_store.ipynb #cell-031
 @dataclass
 class Catalogue:
     "All items of a data set as triplets."
@@ -244,7 +247,7 @@ class Catalogue:
         "Vector width per encoder."
         return {n: t.shape[1] for n, t in self.tables.items()}
 
-# %% ../nbs/05_store.ipynb #cell-031
+# %% ../nbs/05_store.ipynb #cell-032
 def load_catalogue(folder: Path, items: pd.DataFrame, schema: Schema) -> tuple[Catalogue, np.ndarray]:
     "The catalogue and each event's review row; raises ValueError when the store belongs to another items table."
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['content_hash', 'hashes', 'key_name', 'row_type', 'sync_folder', 'write_whole', 'write_part', 'read_part',
-           'VectorCache', 'merge', 'settled', 'Cached']
+           'VectorCache', 'merge', 'settled', 'process_group', 'Cached']
 
 # %% ../nbs/05_vectors.ipynb #cell-003
 import hashlib
@@ -188,6 +188,14 @@ def settled(folder: Path  # of one encoder
     return left
 
 # %% ../nbs/05_vectors.ipynb #cell-035
+def process_group():
+    "accelerate's PartialState where this process is one of several, else None."
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2: return None
+    import torch
+    from accelerate import PartialState  # takes seconds: only where it is used
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+# %% ../nbs/05_vectors.ipynb #cell-036
 class Cached:
     "An encoder that asks its model only for values that the cache lacks."
     def __init__(self, encoder: Callable,                 # has a `key`; may have `chunk` (values per call) and `was_cut` (of the last call)
@@ -226,6 +234,7 @@ class Cached:
             self.cache.refresh()
             missing = np.unique(names, return_index=True)[1]
             missing = np.sort(missing[self.cache.find(names[missing]) < 0])
+            if self.group: self.group.wait_for_everyone()         # nobody writes before all have made the same list
             with self.group.split_between_processes(missing.tolist()) if self.group else nullcontext(missing.tolist()) as mine: self._encode(values, names, mine)
             if self.group: self.group.wait_for_everyone()
             self.cache.refresh()
