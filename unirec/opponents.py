@@ -168,7 +168,8 @@ def data_key(data: Data, folder: Path,  # prepared tables
         for a in (part.offsets, part.items, part.times): h.update(np.ascontiguousarray(a))
     if not vectors: return h.hexdigest()[:16]
     manifest = json.loads((store / "manifest.json").read_text())
-    for e in manifest["encoders"].values(): e.pop("dtype", None)                  # `auto` is the processor's choice
+    manifest.pop("vectors_sha256", None)                                          # two processors differ in the last bits,
+    for e in manifest["encoders"].values(): e.pop("dtype", None)                  # and `auto` is the processor's choice
     reviews = [pd.read_parquet(folder / f"{p}.parquet", columns=["review"]).review.fillna("").tolist() for p in ("train", "valid")]
     h.update(json.dumps([manifest, reviews], sort_keys=True).encode())
     for part in (data.train, data.valid): h.update(np.nan_to_num(part.ratings, nan=-1.0))
