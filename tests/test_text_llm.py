@@ -10,7 +10,7 @@ from unirec.released import Released, ReleasedConfig, released_batches, released
 from unirec.text_llm import TextLLM, TextLLMConfig, TitleScorer, by_length, lay_out, probe, some_users, text_loss, title_batches, title_tokens
 from unirec.triplets import toy_catalogue
 
-LLM = {"layers": 1, "dropout": 0.0}
+LLM = {"layers": 1, "dropout": 0.0, "dtype": "float32"}   # exact to rounding, which bfloat16 is not
 NAMES = [f"{colour} {thing}" for colour in ("red", "blue", "green") for thing in ("shirt", "a pair of wooden shoes", "lamp")] + [""]
 
 
