@@ -37,7 +37,7 @@ def slots(items: pd.DataFrame,  # the canonical items table, one row an item
         column = pd.Series(items[a.name].to_numpy(), index=range(len(items)))
         if a.type == "category": column = column.map(list).explode()
         column = column[column.notna()]
-        parts.append(pd.DataFrame({"item": column.index, "attr": index, "encoder": ENCODER_OF[a.type], "value": column.to_numpy(object)}))
+        parts.append(pd.DataFrame({"item": column.index, "attr": index, "encoder": pd.Categorical.from_codes(np.full(len(column), TABLES.index(ENCODER_OF[a.type]), np.int8), TABLES), "value": column.to_numpy(object)}))
     return pd.concat(parts).sort_values(["item", "attr"], kind="stable", ignore_index=True)
 
 # %% ../nbs/05_store.ipynb #cell-009
@@ -67,7 +67,7 @@ class Scale:
 def distinct(values: Iterable,                # texts, numbers or content hashes; anything that can be compared
              ) -> tuple[list, np.ndarray]:    # the distinct values in order of appearance, and the row of each value
     "Factorise values."
-    rows, index = pd.factorize(np.array(list(values), object))
+    rows, index = pd.factorize(values.to_numpy(object) if isinstance(values, pd.Series) else np.array(list(values), object))
     return list(index), rows.astype(np.int64)
 
 # %% ../nbs/05_store.ipynb #cell-014
@@ -99,9 +99,10 @@ def encode_slots(table: pd.DataFrame,            # from `slots`
 
 # %% ../nbs/05_store.ipynb #cell-016
 def texts(values: pd.Series) -> tuple[list[str], np.ndarray, np.ndarray]:  # distinct values, their hashes, (n,) row of each
-    "Distinct texts."
-    found, index = distinct(values.map(str))
-    return found, hashes(found), index
+    "Distinct texts; what is no text is read as it is printed."
+    seen, index = distinct(values)
+    found, again = distinct(str(v) for v in seen)
+    return found, hashes(found), again[index]
 
 # %% ../nbs/05_store.ipynb #cell-017
 def contents(paths: pd.Series, files: Files, good: dict[str, bytes]) -> tuple[Contents, np.ndarray, np.ndarray]:  # distinct contents, their hashes, (n,) row of each
@@ -156,7 +157,8 @@ def build_store(items: pd.DataFrame, in_train: np.ndarray,  # (N,) does the item
     encoders = {n: Cached(e, cache, group) if cache and hasattr(e, "key") else e for n, e in encoders.items()}
     table, files = slots(items, schema), Files(folder) if folder else None
     good, bad = look_at_files(table, files, encoders)
-    table = table[[n not in good or (isinstance(v, str) and v in good[n]) for n, v in zip(table.encoder, table.value)]].reset_index(drop=True)
+    for name, paths in good.items(): table = table[(table.encoder != name) | table.value.isin(paths)]
+    table = table.reset_index(drop=True)
     scales = {i: Scale.of(items[a.name].to_numpy(float)[in_train], a) for i, a in enumerate(schema) if a.type == "number"}
     tables, names, rows = encode_slots(table, scales, encoders, files, good)
     tensors = {**grid(table, rows, len(items)), **spread(tables, rows, table, in_train), **texts_of(schema, reviews, encoders), "in_train": torch.as_tensor(in_train)}
@@ -182,7 +184,7 @@ def spread(tables: dict[str, np.ndarray], rows: np.ndarray, table: pd.DataFrame,
     "The tables, and per table the mean and spread over the values of train items."
     seen, out, offset = in_train[table["item"].to_numpy(np.int64)], {}, 0
     for name, vectors in tables.items():
-        used = vectors[np.unique(rows[seen & (table.encoder == name).to_numpy()]) - offset]
+        used = np.unique(rows[seen & (table.encoder == name).to_numpy()]) - offset
         out |= {f"table.{name}": torch.as_tensor(vectors), f"mean.{name}": _stat(used, vectors, np.mean), f"std.{name}": _stat(used, vectors, np.std)}
         offset += len(vectors)
     return out
@@ -214,10 +216,10 @@ def write_store(out: Path, tensors: dict[str, Tensor], names: dict[str, np.ndarr
     write_whole(out / "manifest.json", json.dumps(manifest | {"vectors_sha256": written}, indent=1, sort_keys=True).encode())
 
 # %% ../nbs/05_store.ipynb #cell-029
-def _stat(used: np.ndarray, vectors: np.ndarray, of: Callable) -> Tensor:
-    "Mean or spread of a table over the values of train items; a dimension that does not vary gets spread 1."
+def _stat(used: np.ndarray, vectors: np.ndarray, of: Callable) -> Tensor:  # rows of train items' values; all vectors
+    "Mean or spread of a table over the values of train items; a dimension that does not vary gets spread 1. In blocks of columns: a large table is not copied."
     if not len(used): return torch.zeros(vectors.shape[1]) if of is np.mean else torch.ones(vectors.shape[1])
-    value = of(used, axis=0)
+    value = np.concatenate([of(vectors[:, start:start + 32][used], axis=0) for start in range(0, vectors.shape[1], 32)])
     return torch.as_tensor(np.where(value < 1e-6, 1.0, value) if of is np.std else value, dtype=torch.float32)
 
 # %% ../nbs/05_store.ipynb #cell-031
