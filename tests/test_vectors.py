@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import cache_toy
 from cache_toy import WORDS, Tower, truth
 from unirec.schema import Schema
-from unirec.store import build_store
+from unirec.store import build_store, load_catalogue
 from unirec.vectors import Cached, VectorCache, hashes, merge
 
 SCRIPT = Path(cache_toy.__file__)
@@ -215,3 +215,34 @@ def test_a_reader_survives_a_merge(tmp_path):
     assert reader.read(reader.find(hashes("012")))[0][:, 0].tolist() == [0, 1, 2]      # its maps outlive the files
     reader.refresh()
     assert len(reader.parts) == 1 and reader.read(reader.find(hashes("012")))[0][:, 0].tolist() == [0, 1, 2]
+
+
+# the store's own files
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_a_store_killed_while_it_is_replaced_is_an_error_or_right(tmp_path, monkeypatch, n):
+    "The n-th file operation never happens: what is read is the old store, the new one, or an error, also where the old one has no checksums."
+    schema = Schema.from_params({"title": {"type": "text"}})
+    class Better(Tower): key = Tower.key | {"dtype": "bfloat16"}
+    items = pd.DataFrame({"item_id": ["a", "b"], "title": ["red mug", "pot"]})
+    def build(tower): return build_store(items, np.ones(2, bool), schema, [], {"text": tower(tmp_path / "asked")}, None, tmp_path / "store")
+    def read(): return (tmp_path / "store" / "vectors.safetensors").read_bytes(), json.loads((tmp_path / "store" / "manifest.json").read_text())["encoders"]["text"].get("dtype")
+    build(Tower)
+    (tmp_path / "store" / "checksums.json").unlink()
+    before, real, real_truth, count = read(), os.replace, cache_toy.truth, []
+    monkeypatch.setattr(cache_toy, "truth", lambda words: real_truth(words) + 1)
+    def stop(*args):
+        count.append(1)
+        if len(count) == n: raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(os, "replace", stop)
+    stopped = False
+    try: build(Better)
+    except KeyboardInterrupt: stopped = True
+    monkeypatch.setattr(os, "replace", real)
+    assert stopped == (n <= 4)
+    try: load_catalogue(tmp_path / "store", items, schema)
+    except ValueError as e: assert "run the embed stage again" in str(e) and stopped
+    else:
+        after = read()
+        assert after == before if n == 1 else (after[0] != before[0] and after[1] == "bfloat16")

@@ -9,7 +9,6 @@ __all__ = ['slots', 'Scale', 'distinct', 'ask', 'encode_slots', 'texts', 'conten
 # %% ../nbs/05_store.ipynb #cell-003
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .encoders import fourier, sha256
-from .files import Contents, Files, picture_bytes, readable  # picture_bytes: for the pages that show pictures
+from .encoders import fourier
+from .files import Contents, Files, check_together, picture_bytes, readable, write_together  # picture_bytes: for the pages that show pictures
 from .modalities import ENCODER_OF, MODALITIES, TABLES
 from .schema import TYPES, Attribute, Schema
-from .vectors import Cached, hashes, sync_folder, write_whole
+from .vectors import Cached, hashes
 
 # %% ../nbs/05_store.ipynb #cell-006
 def slots(items: pd.DataFrame,  # the canonical items table, one row an item
@@ -37,7 +36,7 @@ def slots(items: pd.DataFrame,  # the canonical items table, one row an item
         column = pd.Series(items[a.name].to_numpy(), index=range(len(items)))
         if a.type == "category": column = column.map(list).explode()
         column = column[column.notna()]
-        parts.append(pd.DataFrame({"item": column.index, "attr": index, "encoder": ENCODER_OF[a.type], "value": column.to_numpy(object)}))
+        parts.append(pd.DataFrame({"item": column.index, "attr": index, "encoder": pd.Categorical.from_codes(np.full(len(column), TABLES.index(ENCODER_OF[a.type]), np.int8), TABLES), "value": column.to_numpy(object)}))
     return pd.concat(parts).sort_values(["item", "attr"], kind="stable", ignore_index=True)
 
 # %% ../nbs/05_store.ipynb #cell-009
@@ -67,7 +66,7 @@ class Scale:
 def distinct(values: Iterable,                # texts, numbers or content hashes; anything that can be compared
              ) -> tuple[list, np.ndarray]:    # the distinct values in order of appearance, and the row of each value
     "Factorise values."
-    rows, index = pd.factorize(np.array(list(values), object))
+    rows, index = pd.factorize(values.to_numpy(object) if isinstance(values, pd.Series) else np.array(list(values), object))
     return list(index), rows.astype(np.int64)
 
 # %% ../nbs/05_store.ipynb #cell-014
@@ -99,9 +98,10 @@ def encode_slots(table: pd.DataFrame,            # from `slots`
 
 # %% ../nbs/05_store.ipynb #cell-016
 def texts(values: pd.Series) -> tuple[list[str], np.ndarray, np.ndarray]:  # distinct values, their hashes, (n,) row of each
-    "Distinct texts."
-    found, index = distinct(values.map(str))
-    return found, hashes(found), index
+    "Distinct texts; what is no text is read as it is printed."
+    seen, index = distinct(values)
+    found, again = distinct(str(v) for v in seen)
+    return found, hashes(found), again[index]
 
 # %% ../nbs/05_store.ipynb #cell-017
 def contents(paths: pd.Series, files: Files, good: dict[str, bytes]) -> tuple[Contents, np.ndarray, np.ndarray]:  # distinct contents, their hashes, (n,) row of each
@@ -152,11 +152,12 @@ def build_store(items: pd.DataFrame, in_train: np.ndarray,  # (N,) does the item
                 cache: Path | None = None,                  # folder of this data set's vectors, kept between runs; None: all is encoded
                 group=None,                                 # accelerate's PartialState where several processes do this together; the first one writes
                 ) -> dict:
-    "Encode a catalogue and write `vectors.safetensors`, `hashes.safetensors` and `manifest.json`; returns the manifest."
+    "Encode a catalogue and write `vectors.safetensors`, `hashes.safetensors`, `manifest.json` and `checksums.json`; returns the manifest."
     encoders = {n: Cached(e, cache, group) if cache and hasattr(e, "key") else e for n, e in encoders.items()}
     table, files = slots(items, schema), Files(folder) if folder else None
     good, bad = look_at_files(table, files, encoders)
-    table = table[[n not in good or (isinstance(v, str) and v in good[n]) for n, v in zip(table.encoder, table.value)]].reset_index(drop=True)
+    for name, paths in good.items(): table = table[(table.encoder != name) | table.value.isin(paths)]
+    table = table.reset_index(drop=True)
     scales = {i: Scale.of(items[a.name].to_numpy(float)[in_train], a) for i, a in enumerate(schema) if a.type == "number"}
     tables, names, rows = encode_slots(table, scales, encoders, files, good)
     tensors = {**grid(table, rows, len(items)), **spread(tables, rows, table, in_train), **texts_of(schema, reviews, encoders), "in_train": torch.as_tensor(in_train)}
@@ -182,7 +183,7 @@ def spread(tables: dict[str, np.ndarray], rows: np.ndarray, table: pd.DataFrame,
     "The tables, and per table the mean and spread over the values of train items."
     seen, out, offset = in_train[table["item"].to_numpy(np.int64)], {}, 0
     for name, vectors in tables.items():
-        used = vectors[np.unique(rows[seen & (table.encoder == name).to_numpy()]) - offset]
+        used = np.unique(rows[seen & (table.encoder == name).to_numpy()]) - offset
         out |= {f"table.{name}": torch.as_tensor(vectors), f"mean.{name}": _stat(used, vectors, np.mean), f"std.{name}": _stat(used, vectors, np.std)}
         offset += len(vectors)
     return out
@@ -199,25 +200,16 @@ def texts_of(schema: Schema, reviews: list[str | None], encoders: dict[str, Call
 
 # %% ../nbs/05_store.ipynb #cell-028
 def write_store(out: Path, tensors: dict[str, Tensor], names: dict[str, np.ndarray], manifest: dict) -> None:
-    "Write a store's files, each at once or not at all; the manifest, which names the vectors' sha256, is the last."
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f"vectors.safetensors.{os.getpid()}.tmp"
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-        with temporary.open("rb+") as f: os.fsync(f.fileno())
-        written = sha256.__wrapped__(temporary)
-        os.replace(temporary, out / "vectors.safetensors")
-    finally: temporary.unlink(missing_ok=True)
-    sync_folder(out)
+    "Write a store's files so that whoever reads them sees whether they belong together."
     content = {n: torch.as_tensor(np.ascontiguousarray(h).view(np.uint8).reshape(-1, 32)) for n, h in names.items()}
-    write_whole(out / "hashes.safetensors", save(content))
-    write_whole(out / "manifest.json", json.dumps(manifest | {"vectors_sha256": written}, indent=1, sort_keys=True).encode())
+    write_together(out, {"vectors.safetensors": lambda path: save_file({k: v.contiguous() for k, v in tensors.items()}, path), "hashes.safetensors": lambda path: save_file(content, path),
+                         "manifest.json": lambda path: path.write_text(json.dumps(manifest, indent=1, sort_keys=True))})
 
 # %% ../nbs/05_store.ipynb #cell-029
-def _stat(used: np.ndarray, vectors: np.ndarray, of: Callable) -> Tensor:
-    "Mean or spread of a table over the values of train items; a dimension that does not vary gets spread 1."
+def _stat(used: np.ndarray, vectors: np.ndarray, of: Callable) -> Tensor:  # rows of train items' values; all vectors
+    "Mean or spread of a table over the values of train items; a dimension that does not vary gets spread 1. In blocks of columns: a large table is not copied."
     if not len(used): return torch.zeros(vectors.shape[1]) if of is np.mean else torch.ones(vectors.shape[1])
-    value = of(used, axis=0)
+    value = np.concatenate([of(vectors[:, start:start + 32][used], axis=0) for start in range(0, vectors.shape[1], 32)])
     return torch.as_tensor(np.where(value < 1e-6, 1.0, value) if of is np.std else value, dtype=torch.float32)
 
 # %% ../nbs/05_store.ipynb #cell-031
@@ -253,8 +245,7 @@ def load_catalogue(folder: Path, items: pd.DataFrame, schema: Schema) -> tuple[C
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest["items_sha256"] != table_hash(items) or manifest["attributes"][:-1] != schema.names:
         raise ValueError(f"{folder}: this store was made for another items table or schema; run the embed stage again")
-    if manifest.get("vectors_sha256", found := sha256.__wrapped__(folder / "vectors.safetensors")) != found:
-        raise ValueError(f"{folder}: vectors.safetensors is not the file that manifest.json was written with (sha256 {found[:12]}); run the embed stage again")
+    check_together(folder)
     t = load_file(folder / "vectors.safetensors")
     tables = {n: (t[f"table.{n}"] - t[f"mean.{n}"]) / t[f"std.{n}"] if f"table.{n}" in t else torch.zeros(0, 1) for n in TABLES}    # a modality registered since then has no rows
     n, id_attr = len(items), len(schema)
