@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'all_runs', 'hold_out', 'Loaded', 'load_for', 'table_bytes', 'run_key', 'run_code', 'rank_table', 'held_out',
            'figures', 'do_run', 'read_runs', 'read_ranks', 'record', 'write', 'compare', 'present_runs', 'whole_seeds',
-           'first_times', 'versus', 'summary', 'main']
+           'first_times', 'new_ranks', 'versus', 'summary', 'main']
 
 # %% ../nbs/19_comparison.ipynb #cell-003
 import argparse
@@ -221,9 +221,19 @@ def first_times(prepared: Path) -> pd.DataFrame:  # user, position: test events 
     parts = {p: pd.read_parquet(prepared / f"{p}.parquet", columns=["user", "item"]) for p in ("train", "valid", "test")}
     again = pd.concat(parts, names=["part", "row"]).duplicated()["test"]
     test = parts["test"].assign(position=parts["test"].groupby("user").cumcount() + 1)
-    return test.loc[~again.to_numpy(), ["user", "position"]]
+    return test.loc[~again.to_numpy(), ["user", "position"]].reset_index(drop=True)
 
 # %% ../nbs/19_comparison.ipynb #cell-041
+def new_ranks(theirs: pd.DataFrame, path: Path, found: Loaded | None) -> pd.DataFrame | None:  # ranks of one protocol; where the events are kept; None: the data is not here
+    "The ranks of test events that are no repeats, as `full_new`; None where there are no repeats, or nothing is known."
+    if found is None and not path.exists(): return None
+    events = first_times(found.prepared) if found is not None else pd.read_parquet(path)
+    new = theirs.merge(events)
+    if not 0 < len(new) < len(theirs): return None
+    if found is not None: events.to_parquet(path, index=False)
+    return new[["run", "model", "seed", "user", "position", "full"]].rename(columns={"full": "full_new"})
+
+# %% ../nbs/19_comparison.ipynb #cell-043
 def versus(rows: pd.DataFrame, ranked: pd.DataFrame) -> pd.DataFrame:  # one data set and protocol
     "Every model against the best opponent by valid, and against the best one by test."
     means = rows.groupby("model", sort=False)[["valid_mrr", "full_mrr", "seconds", "parameters"]].mean()
@@ -237,7 +247,7 @@ def versus(rows: pd.DataFrame, ranked: pd.DataFrame) -> pd.DataFrame:  # one dat
             out.append(table.assign(ranks=column, best_by=" and ".join(by)).join(means[["valid_mrr", "seconds", "parameters"]], on="model"))
     return pd.concat(out).sort_values(["ranks", "best_by", "mrr"], ascending=[True, True, False], kind="stable")
 
-# %% ../nbs/19_comparison.ipynb #cell-042
+# %% ../nbs/19_comparison.ipynb #cell-044
 def summary(root: Path = Path("."), prune: bool = False) -> pd.DataFrame:  # prune: drop what is not of the present settings, code and data
     "Write `results/<data set>/compare.csv` from the runs that are there, and say what is missing."
     params, out = yaml.safe_load((root / "params.yaml").read_text()), []
@@ -255,9 +265,7 @@ def summary(root: Path = Path("."), prune: bool = False) -> pd.DataFrame:  # pru
             if part.model.isin(MODELS).all(): continue
             theirs = ranked[ranked.run.isin(part.run)]
             both = [versus(part, theirs)]
-            if found[protocol] is not None:
-                new = theirs.merge(first_times(found[protocol].prepared))
-                if 0 < len(new) < len(theirs): both.append(versus(part, new[["run", "model", "seed", "user", "position", "full"]].rename(columns={"full": "full_new"})))
+            if (new := new_ranks(theirs, root / "results" / dataset / f"first_times_{protocol}.parquet", found[protocol])) is not None: both.append(versus(part, new))
             tables += [t.assign(dataset=dataset, protocol=protocol) for t in both]
             waiting[protocol] = {m: int(n) for m, n in rows[rows.protocol == protocol].groupby("model").seed.nunique().items() if m not in set(part.model)}
         if tables:
@@ -268,7 +276,7 @@ def summary(root: Path = Path("."), prune: bool = False) -> pd.DataFrame:  # pru
             out.append(table)
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
-# %% ../nbs/19_comparison.ipynb #cell-045
+# %% ../nbs/19_comparison.ipynb #cell-047
 def main(argv: list[str] | None = None) -> None:
     "`python -m unirec.comparison`"
     parser = argparse.ArgumentParser(prog="python -m unirec.comparison", description="Run what the comparison of params.yaml has not run yet, and summarise it.")
@@ -284,5 +292,5 @@ def main(argv: list[str] | None = None) -> None:
     table = summary(prune=args.prune and args.summary)
     if len(table): print(table[table.ranks == "full"][["dataset", "protocol", "best_by", "model", "reference", "seeds", "mrr", "std", "difference", "low", "high", "holm_both", "verdict"]].round(4).to_string(index=False))
 
-# %% ../nbs/19_comparison.ipynb #cell-046
+# %% ../nbs/19_comparison.ipynb #cell-048
 if __name__ == "__main__" and "get_ipython" not in globals(): main()
