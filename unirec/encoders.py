@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'FREQUENCIES', 'DAY', 'PERIODS', 'keep_memory', 'native_bf16', 'pick_dtype', 'pick_device',
-           'token_batches', 'first_and_last', 'pool', 'pooling_of', 'TextEncoder', 'lite0_clip', 'open_picture',
-           'read_picture', 'decoded', 'ImageEncoder', 'fourier', 'time_features']
+           'token_batches', 'first_and_last', 'pool', 'pooling_of', 'TextTower', 'TextEncoder', 'lite0_clip',
+           'open_picture', 'read_picture', 'decoded', 'ImageEncoder', 'fourier', 'time_features']
 
 # %% ../nbs/04_encoders.ipynb #cell-003
 import ctypes
@@ -95,24 +95,12 @@ def pooling_of(weights: Weights) -> str:
     return "last" if any("CausalLM" in a for a in weights.read_json("config.json").get("architectures") or []) else "mean"
 
 # %% ../nbs/04_encoders.ipynb #cell-020
-class TextEncoder:
-    "A frozen Hugging Face encoder or decoder: texts in, one vector each out. Its model is loaded when the first text comes."
-    chunk = 8192  # texts a call, where a cache asks
-    def __init__(self, uri: str,              # pip:<package>/<path>, hub:<owner>/<name>@<revision> or a folder
-                 dtype: str = "float32",      # dtype of the forward pass: float32, bfloat16 or auto
-                 max_length: int = 256,       # tokens; longer texts are cut, counted in `cut` and marked in `was_cut`
-                 budget: int = 8192,          # tokens per batch
-                 pooling: str = "auto",       # mean, last, cls, or auto: what the model was made for
-                 instruction: str = ""):      # stands before every text; Qwen3-Embedding's queries have "Instruct: <task>\nQuery:", its documents none
-        self.weights, self.uri, self.dtype, self.max_length, self.budget, self.cut = fetch(uri), uri, pick_dtype(dtype), max_length, budget, 0
-        if pooling not in ("auto", *POOLINGS): raise ValueError(f"pooling {pooling!r}: use auto, {', '.join(POOLINGS)}")
-        self.pooling, self.instruction, self.files, self.twin_of = pooling_of(self.weights) if pooling == "auto" else pooling, instruction, self.weights.files, None
-
-    def with_instruction(self, instruction: str) -> "TextEncoder":
-        "The same model, in memory once, with another instruction."
-        twin = copy(self)
-        twin.instruction, twin.cut, twin.twin_of = instruction, 0, self
-        return twin
+class TextTower:
+    "A frozen Hugging Face encoder or decoder and its tokenizer, each loaded when it is first asked for."
+    def __init__(self, uri: str,       # pip:<package>/<path>, hub:<owner>/<name>@<revision> or a folder
+                 dtype: str = "float32"):  # of the forward pass: float32, bfloat16 or auto
+        self.weights, self.uri, self.dtype, self.twin_of = fetch(uri), uri, pick_dtype(dtype), None
+        self.files = self.weights.files
 
     @cached_property
     def tokenizer(self):
@@ -134,6 +122,27 @@ class TextEncoder:
     def width(self) -> int:
         "Of a vector."
         return self.model.config.hidden_size
+
+# %% ../nbs/04_encoders.ipynb #cell-022
+class TextEncoder(TextTower):
+    "Texts in, one vector each out."
+    chunk = 8192  # texts a call, where a cache asks
+    def __init__(self, uri: str,              # pip:<package>/<path>, hub:<owner>/<name>@<revision> or a folder
+                 dtype: str = "float32",      # dtype of the forward pass: float32, bfloat16 or auto
+                 max_length: int = 256,       # tokens; longer texts are cut, counted in `cut` and marked in `was_cut`
+                 budget: int = 8192,          # tokens per batch
+                 pooling: str = "auto",       # mean, last, cls, or auto: what the model was made for
+                 instruction: str = ""):      # stands before every text; Qwen3-Embedding's queries have "Instruct: <task>\nQuery:", its documents none
+        super().__init__(uri, dtype)
+        self.max_length, self.budget, self.cut = max_length, budget, 0
+        if pooling not in ("auto", *POOLINGS): raise ValueError(f"pooling {pooling!r}: use auto, {', '.join(POOLINGS)}")
+        self.pooling, self.instruction = pooling_of(self.weights) if pooling == "auto" else pooling, instruction
+
+    def with_instruction(self, instruction: str) -> "TextEncoder":
+        "The same model, in memory once, with another instruction."
+        twin = copy(self)
+        twin.instruction, twin.cut, twin.twin_of = instruction, 0, self
+        return twin
 
     @property
     def key(self) -> dict:
@@ -161,7 +170,7 @@ class TextEncoder:
                 bar.update(len(rows))
         return out
 
-# %% ../nbs/04_encoders.ipynb #cell-026
+# %% ../nbs/04_encoders.ipynb #cell-028
 def lite0_clip(weights: Path,      # the .pth file of EfficientNet-Lite0, or timm's safetensors of it
                text_folder: Path,  # the text tower's folder (its weights are not loaded here)
                ) -> nn.Module:
@@ -177,7 +186,7 @@ def lite0_clip(weights: Path,      # the .pth file of EfficientNet-Lite0, or tim
     trunk.load_state_dict(theirs)
     return model
 
-# %% ../nbs/04_encoders.ipynb #cell-027
+# %% ../nbs/04_encoders.ipynb #cell-029
 def open_picture(data: bytes,              # the file's bytes
                  limit: int = 50_000_000,  # pixels; more is refused
                  ) -> Image.Image:
@@ -188,7 +197,7 @@ def open_picture(data: bytes,              # the file's bytes
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"not a readable picture ({e})") from None
 
-# %% ../nbs/04_encoders.ipynb #cell-028
+# %% ../nbs/04_encoders.ipynb #cell-030
 def read_picture(data: bytes,          # the file's bytes
                  size: int = 224,      # pixels a side
                  limit: int = 50_000_000,  # pixels; more is refused
@@ -196,7 +205,7 @@ def read_picture(data: bytes,          # the file's bytes
     "Decode, convert to RGB and resize one picture; raises ValueError for what is no picture."
     return np.asarray(open_picture(data, limit).resize((size, size), Image.Resampling.BICUBIC), np.float32).transpose(2, 0, 1) / 255
 
-# %% ../nbs/04_encoders.ipynb #cell-030
+# %% ../nbs/04_encoders.ipynb #cell-032
 def decoded(pictures: Sequence[bytes],
             read: Callable[[bytes], np.ndarray | Tensor],  # one file -> (3, size, size)
             batch: int,              # pictures
@@ -213,7 +222,7 @@ def decoded(pictures: Sequence[bytes],
             order()
             yield torch.stack([torch.as_tensor(x) for x in done])
 
-# %% ../nbs/04_encoders.ipynb #cell-032
+# %% ../nbs/04_encoders.ipynb #cell-034
 class ImageEncoder:
     "A frozen image trunk: file contents in, one vector each out. Its model is loaded when the first picture comes."
     width, chunk = 1280, 1024  # chunk: pictures a call, where a cache asks
@@ -244,10 +253,10 @@ class ImageEncoder:
                 start += len(x); bar.update(len(x))
         return out
 
-# %% ../nbs/04_encoders.ipynb #cell-036
+# %% ../nbs/04_encoders.ipynb #cell-038
 FREQUENCIES = np.geomspace(0.01, 50, 20)
 
-# %% ../nbs/04_encoders.ipynb #cell-037
+# %% ../nbs/04_encoders.ipynb #cell-039
 def fourier(x: np.ndarray  # (n,) standardised numbers, finite
             ) -> np.ndarray:  # (n, 42) float32
     "Fixed Fourier features of a number; raises ValueError for NaN: a missing number has no features, it is masked."
@@ -257,11 +266,11 @@ def fourier(x: np.ndarray  # (n,) standardised numbers, finite
     waves = x[:, None] * FREQUENCIES
     return np.concatenate([np.cos(waves), np.sin(waves), x[:, None], np.sign(x)[:, None]], 1).astype(np.float32)
 
-# %% ../nbs/04_encoders.ipynb #cell-040
+# %% ../nbs/04_encoders.ipynb #cell-042
 DAY = 86_400_000  # ms
 PERIODS = {"day": 1.0, "week": 7.0, "month": 30.4375, "year": 365.25}  # days
 
-# %% ../nbs/04_encoders.ipynb #cell-041
+# %% ../nbs/04_encoders.ipynb #cell-043
 def time_features(times: np.ndarray,    # (E,) int64, ms since epoch
                   offsets: np.ndarray,  # (U+1,) user u owns offsets[u]:offsets[u+1]
                   ) -> np.ndarray:      # (E, 11) float32
