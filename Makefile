@@ -1,9 +1,9 @@
-# make repro | test | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
+# make repro | verify | test | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
 # Every job first sets up what it needs (see .ci/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env repro test tune compare carry experiments benchmarks lab readme clean-env
+.PHONY: help env repro verify test tune compare carry experiments benchmarks lab readme clean-env
 
 PYTHON ?=
 export PYTHON
@@ -27,6 +27,9 @@ repro:  ## raw data to reports/index.html, whatever is not up to date
 	else dvc config --local core.no_scm true; fi; \
 	dvc repro $(ARGS); \
 	echo "The page of results: $(CURDIR)/reports/index.html"
+
+verify:  ## are the results of `make repro` the committed ones? (within the tolerance of params.yaml)
+	@$(SETUP); python -m unirec.verify $(ARGS)
 
 test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)
