@@ -19,12 +19,13 @@ import pandas as pd
 import pyarrow as pa
 
 from .amazon import read_amazon2014, read_amazon2018, read_amazon2023
+from .columns import columns_of
 from .fetch import beside
 from .raw import LARGEST, blocks, find, milliseconds, read_jsonl
 from .sample import SampleConfig, write_sample
 from .schema import Schema
 from .sources import get
-from .tables import EVENTS, events_table, items_table
+from .tables import EVENTS, events_table, item_sources, items_table
 from .yelp import read_yelp
 
 # %% ../nbs/02_datasets.ipynb #cell-006
@@ -159,7 +160,7 @@ def interactions(table: pd.DataFrame, path: Path, head: int,  # head: the row in
 def read_recbole(folder: Path, spec: SetSpec) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     "Reader of atomic files `<name>.inter` and `<name>.item`; `<name>.user` is not used, which is noted."
     quality, invalid, path = {}, {}, find(folder, f"{spec.files}.inter")
-    items = items_table(numbered(read_atomic(find(folder, f"{spec.files}.item"))), "item_id", spec.schema, quality)
+    items = items_table(columns_of(numbered(read_atomic(find(folder, f"{spec.files}.item"))), ["item_id", *item_sources(spec.schema)]), "item_id", spec.schema, quality)
     events = events_table([interactions(read_atomic(path), path, 2, spec.options.get("time_unit", "auto"), invalid)], items, quality)
     quality["invalid"] = {**quality["invalid"], **{k: v for k, v in invalid.items() if v}}
     if (folder / f"{spec.files}.user").exists(): quality["notes"] = [f"{spec.files}.user is there and is not used: a user is the history"]
@@ -188,7 +189,7 @@ def read_table(folder: Path, spec: SetSpec) -> tuple[pd.DataFrame, pd.DataFrame,
     "Reader of your own tables; `options.time_unit` is s, ms or auto (default)."
     quality, invalid = {}, {}
     _, table = read_any(folder, "items")
-    items = items_table(numbered(table), "item_id", spec.schema, quality)
+    items = items_table(columns_of(numbered(table), ["item_id", *item_sources(spec.schema)]), "item_id", spec.schema, quality)
     path, inter = read_any(folder, "interactions")
     events = events_table([interactions(inter, path, 2 if ".csv" in path.name else 1, spec.options.get("time_unit", "auto"), invalid)], items, quality)
     quality["invalid"] = {**quality["invalid"], **{k: v for k, v in invalid.items() if v}}

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -146,7 +147,8 @@ def check_candidates(chunks: Iterator[np.ndarray], user: np.ndarray, item: np.nd
         if (chunk[:, 0] != wanted).any(): raise ValueError(f"the candidates of user {who[int((chunk[:, 0] != wanted).argmax())]} do not begin with the target")
         keys = np.sort(np.arange(len(chunk))[:, None] * np.int64(n_items) + chunk[:, 1:], axis=1).ravel()
         _, own, touched = touched_by(pairs, who, n_items)
-        found = np.isin(own * np.int64(n_items) + touched, keys)
+        theirs = own * np.int64(n_items) + touched
+        found = np.append(keys, -1)[np.searchsorted(keys, theirs)] == theirs
         if found.any(): raise ValueError(f"leak: the candidates of user {who[own[int(found.argmax())]]} hold item {touched[int(found.argmax())]}, which the user touched")
         if (np.diff(keys) == 0).any(): raise ValueError(f"the candidates of user {who[keys[int((np.diff(keys) == 0).argmax())] // n_items]} hold an item twice")
         done += len(chunk)
@@ -229,9 +231,10 @@ def prepare(raw: Path,            # folder with the raw files of this set
         items.to_parquet(folder / "items.parquet"); users.to_parquet(folder / "users.parquet")
         n_items, pairs, asked = len(items), (table.user.to_numpy(), table.item.to_numpy()), (parts["test"].user.to_numpy(), parts["test"].item.to_numpy())
         del items, table                                                                      # what is written or counted need not be held
-        for name, part in parts.items(): write_part(part, review, folder / f"{name}.parquet")
-        del review, part, parts
-        chunks = candidate_chunks(*pairs, *asked, n_items, negatives, seed)
-        write_candidates(check_candidates(chunks, *pairs, *asked, n_items), (len(asked[0]), 1 + negatives), folder / "candidates.npy")
+        chunks = check_candidates(candidate_chunks(*pairs, *asked, n_items, negatives, seed), *pairs, *asked, n_items)
+        with ThreadPoolExecutor(1) as pool:                                                   # texts are packed while candidates are drawn
+            drawn = pool.submit(write_candidates, chunks, (len(asked[0]), 1 + negatives), folder / "candidates.npy")
+            for name, part in parts.items(): write_part(part, review, folder / f"{name}.parquet")
+            drawn.result()
         (folder / "quality.json").write_text(json.dumps(report, indent=1))
     return report
