@@ -24,9 +24,9 @@ help:  ## this list
 env:  ## set up the environment, nothing else
 	@$(SETUP)
 
-repro:  ## raw data to reports/index.html, whatever is not up to date
-	@[ "$(PROFILE)" = mini ] || { echo "PROFILE=$(PROFILE) is not there yet: only mini is." >&2; exit 2; }
+repro:  ## raw data to reports/index.html, whatever is not up to date; PROFILE=paper or paper-tiny: in runs/PROFILE
 	@$(SETUP); \
+	if [ "$(PROFILE)" != mini ]; then exec python -m unirec.profiles "$(PROFILE)" $(ARGS); fi; \
 	if [ -e .git ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; \
 	else dvc config --local core.no_scm true; fi; \
 	dvc repro $(ARGS); \
