@@ -3,11 +3,7 @@
 # otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-<<<<<<< /tmp/tmp8aiiqr3v/ours.x
-.PHONY: help env repro verify test tune compare carry experiments benchmarks lab readme clean-env
-=======
-.PHONY: help env repro test book tune compare carry experiments benchmarks lab readme clean-env
->>>>>>> /tmp/tmp8aiiqr3v/theirs.x
+.PHONY: help env repro verify test book tune compare carry experiments benchmarks lab readme clean-env
 
 PYTHON ?=
 export PYTHON
