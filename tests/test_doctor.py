@@ -1,0 +1,113 @@
+"""`unirec doctor`, the dry run at tiny widths, and the committed one of the paper's profile."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from unirec import cli
+from unirec.dry_run import WORDS, four_items, operations_of, run_flops
+from unirec.machine import SHARE, gpu_peaks
+from unirec.profiles import read_profile
+
+FIELDS = {"profile", "random_weights", "tokenizer", "versions", "machine", "seconds", "peak_memory_mb", "parameters", "trainable", "units", "step", "two_steps", "sizes", "run", "hours"}
+
+
+def lora_size(c: dict, r: int) -> int:
+    "Of seven projections a layer, each r x (in + out)."
+    d, q, kv, m = c["hidden_size"], c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"], c["intermediate_size"]
+    return c["num_hidden_layers"] * r * ((d + q) + 2 * (d + kv) + (q + d) + 3 * (d + m))
+
+
+@pytest.fixture(scope="module")
+def tiny(root, tmp_path_factory) -> dict:
+    "The dry run of paper-tiny by the command, in a process of its own, with sizes given."
+    out = tmp_path_factory.mktemp("dry") / "dry.json"
+    command = [sys.executable, "-m", "unirec.cli", "doctor", "--root", str(root), "--profile", "paper-tiny", "--dry-run", "--items", "500", "--users", "1000", "--events", "9000", "--out", str(out)]
+    done = subprocess.run(command, cwd=root, text=True, capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text()) | {"printed": done.stdout, "said": done.stderr}
+
+
+def test_the_command_counts_the_tiny_profile(tiny):
+    assert set(tiny) - {"printed", "said"} == FIELDS and tiny["random_weights"]
+    assert "RANDOM" in tiny["said"] and "random weights" in tiny["printed"] and "1,000 users, 500 items, 9,000 events; as given at the command" in tiny["printed"]
+    for stage in ("pretrain", "finetune"): assert tiny["two_steps"][stage]["steps"] == 2 and tiny["two_steps"][stage]["loss"] > 0
+    assert tiny["step"]["from_units"] == pytest.approx(tiny["step"]["counted"], rel=0.05), "the parts do not add up to the step"
+    assert tiny["trainable"]["finetune"] - tiny["trainable"]["pretrain"] == tiny["parameters"]["LoRA"] + tiny["parameters"]["LLM, projections"]
+
+
+def test_lora_has_the_size_that_its_rank_gives(tiny, root):
+    profile = read_profile("paper-tiny", root)
+    assert tiny["parameters"]["LoRA"] == lora_size(profile.models["llm"]["config"], profile.params["llm"]["rank"])
+
+
+def test_nothing_is_left_behind(tiny, root):
+    listed = subprocess.run(["git", "status", "--porcelain", "--ignored", "--", "profiles", "weights", "runs"], cwd=root, capture_output=True, text=True)
+    assert "weights" not in listed.stdout and not (root / "weights").exists()
+
+
+def test_operations_of_a_product_are_two_per_weight():
+    x, y = torch.randn(3, 5), torch.randn(5, 7)
+    assert operations_of(lambda: x @ y) == 2 * 3 * 5 * 7
+
+
+def test_a_run_grows_with_its_data(root, tiny):
+    params, sizes = read_profile("paper", root).params, read_profile("paper", root).sizes
+    one = run_flops(tiny["units"], params, sizes)
+    more = {k: run_flops(tiny["units"], params, sizes | {k: 2 * sizes[k]}) for k in ("items", "users", "events")}
+    assert more["items"]["embed"] > one["embed"] and more["events"]["finetune"] > one["finetune"] and more["users"]["evaluate"] > one["evaluate"]
+    single = run_flops(tiny["units"], params, sizes, models=1)
+    assert single["embed"] == one["embed"] and 2 * single["pretrain"] == pytest.approx(one["pretrain"])
+
+
+def test_four_items_have_all_attributes(root, tmp_path):
+    schema = yaml.safe_load((root / "params.yaml").read_text())["sets"]["beauty"]["schema"]
+    spec = four_items(tmp_path / "shop", schema, history=20)
+    assert spec.synthetic and spec.schema.names == list(schema) and len(list((tmp_path / "shop" / "images").iterdir())) == 4 and len(WORDS) > 8
+
+
+# what is committed
+
+@pytest.fixture(scope="module")
+def committed(root) -> dict:
+    return json.loads((root / "profiles" / "dry_run.json").read_text())
+
+
+def test_the_committed_run_is_the_paper_profile_in_true_shapes(root, committed):
+    "Parameters counted again, from the shapes alone."
+    import open_clip
+    from transformers import Qwen3Config, Qwen3Model
+    profile = read_profile("paper", root)
+    with torch.device("meta"):
+        text, llm = (Qwen3Model(Qwen3Config(**profile.models[n]["config"])) for n in ("text", "llm"))
+        tower = open_clip.model.CLIP(**open_clip.get_model_config(profile.models["image"]["open_clip"])).visual
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    assert committed["parameters"]["text tower"] == count(text) and committed["parameters"]["picture tower"] == count(tower)
+    assert committed["parameters"]["LLM, frozen"] == count(llm) - llm.embed_tokens.weight.numel()
+    assert committed["parameters"]["LoRA"] == lora_size(profile.models["llm"]["config"], profile.params["llm"]["rank"])
+
+
+def test_the_committed_run_is_whole(root, committed):
+    assert set(committed) == FIELDS and committed["profile"] == "paper" and committed["random_weights"]
+    assert committed["peak_memory_mb"] < 24 * 1024 and all(t["steps"] == 2 and t["loss"] > 0 for t in committed["two_steps"].values())
+    assert committed["step"]["from_units"] == pytest.approx(committed["step"]["counted"], rel=0.05)
+
+
+def test_the_committed_estimate_follows_from_the_profile(root, committed):
+    "Whoever changes profiles/paper.yaml or the estimate makes the file again: `unirec doctor --profile paper --dry-run --out profiles/dry_run.json`."
+    profile, peaks = read_profile("paper", root), gpu_peaks(root / "profiles" / "gpus.yaml")
+    assert committed["sizes"] == profile.sizes and committed["run"]["stages"] == pytest.approx(run_flops(committed["units"], profile.params, profile.sizes))
+    for name, told in committed["hours"].items(): assert told == pytest.approx(committed["run"]["flops"] / (SHARE * peaks[name]["tflops"] * 1e12) / 3600)
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--items", "5"], "belong to --dry-run"), (["--dry-run", "--events", "0"], "--events 0: at least 1"), (["--dry-run", "--profile", "mini"], "has no `models`"),
+    (["--profile", "papper"], "expected one of mini, paper, paper-tiny"), (["--root", "nowhere"], "no folder profiles/ there")])
+def test_what_is_wrong_is_said_in_one_line(root, words, told, capsys, monkeypatch):
+    monkeypatch.chdir(root)
+    assert cli.main(["doctor", *words]) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1 and err.startswith("unirec: error: ")
