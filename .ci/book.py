@@ -21,11 +21,11 @@ from readme import visible
 # Part -> names of notebooks under nbs/ in the order of reading; a pattern takes what no name before it took, in order of names.
 PARTS = {
     "Start": ["index", "21_your_shop"],
-    "The data": ["00_schema", "00_propose", "00_presets", "01_marketplace", "01_sample", "01_sources", "01_fetch", "01_archives", "01_pictures",
+    "The data": ["00_schema", "00_propose", "00_presets", "01_marketplace", "01_sample", "01_fetch", "01_archives", "01_pictures", "01_sources",
                  "02_raw", "02_tables", "02_reviews", "02_amazon", "02_yelp", "02_datasets", "03_splits", "03_prepare", "0[0-3]_*"],
-    "Encoders": ["04_weights", "04_encoders", "04_numbers", "04_openclip", "04_modalities", "05_vectors", "05_files", "05_store", "0[45]_*"],
+    "Encoders": ["04_weights", "04_encoders", "04_openclip", "04_numbers", "04_modalities", "05_files", "05_vectors", "05_store", "0[45]_*"],
     "The model": ["06_*", "07_*", "08_*", "09_*", "10_llm", "10_*"],
-    "Training": ["11_*", "14_task", "13_training", "13_resume", "13_memory"],
+    "Training": ["11_*", "13_memory", "13_resume", "13_training", "14_task"],
     "Evaluation": ["12_metrics", "12_significance", "12_breakdowns", "12_*", "13_diagnostics", "15_figures", "15_standing"],
     "Opponents": ["14_baselines", "14_bpr", "14_sequential", "14_text_llm", "14_released", "14_*", "18_opponents", "18_tuning", "19_comparison", "19_carried"],
     "The pipeline": ["16_*", "17_*", "20_*", "15_quality", "15_page", "15_report", "15_*", "stages/*"],
