@@ -1,9 +1,9 @@
-# make repro | test | book | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
+# make repro | verify | test | book | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
 # Every job first sets up what it needs (see .ci/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env repro test book tune compare carry experiments benchmarks lab readme clean-env
+.PHONY: help env repro verify test book tune compare carry experiments benchmarks lab readme clean-env
 
 PYTHON ?=
 export PYTHON
@@ -20,13 +20,16 @@ help:  ## this list
 env:  ## set up the environment, nothing else
 	@$(SETUP)
 
-repro:  ## raw data to reports/index.html, whatever is not up to date
-	@[ "$(PROFILE)" = mini ] || { echo "PROFILE=$(PROFILE) is not there yet: only mini is." >&2; exit 2; }
+repro:  ## raw data to reports/index.html, whatever is not up to date; PROFILE=paper or paper-tiny: in runs/PROFILE
 	@$(SETUP); \
+	if [ "$(PROFILE)" != mini ]; then exec python -m unirec.profiles "$(PROFILE)" $(ARGS); fi; \
 	if [ -e .git ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; \
 	else dvc config --local core.no_scm true; fi; \
 	dvc repro $(ARGS); \
 	echo "The page of results: $(CURDIR)/reports/index.html"
+
+verify:  ## are the results of `make repro` the committed ones? (within the tolerance of params.yaml)
+	@$(SETUP); python -m unirec.verify $(ARGS)
 
 test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)

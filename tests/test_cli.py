@@ -69,7 +69,7 @@ def test_bad_input_ends_with_two_and_no_traceback(root, words, told):
     assert done.stderr.splitlines()[-1].startswith("unirec") and "error: " in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["schema", "--help"], ["schema", "propose", "--help"], ["schema", "preset", "--help"], ["prepare", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["schema", "--help"], ["schema", "propose", "--help"], ["schema", "preset", "--help"], ["prepare", "--help"], ["recommend", "--help"]])
 def test_help_says_what_every_option_is(words, capsys):
     with pytest.raises(SystemExit) as ended: cli.main(words)
     assert ended.value.code == 0 and "usage: unirec" in capsys.readouterr().out
@@ -171,3 +171,65 @@ def test_a_broken_schema_names_its_file_and_row(shop, capsys):
     assert cli.main(options(shop)) == 2 and "schema.yaml, row 3: not YAML" in capsys.readouterr().err
     (shop / "schema.yaml").write_text("name: {type: words}\n")
     assert cli.main(options(shop)) == 2 and "schema.yaml: attribute 'name': type 'words' is unknown" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def project(toy_project, tmp_path_factory):
+    "A project's folder with the toy's artefacts and a params.yaml, as `unirec recommend` wants it."
+    made, params = toy_project
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("prepared", "embeddings", "models", "predictions"): (folder / name).symlink_to(made / name)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    return folder
+
+
+def recommended(project, capsys, *words):
+    "What `unirec recommend` prints on the toy."
+    assert cli.main(["recommend", "--dataset", "toy", "--root", str(project), *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_user_gets_a_list_with_reasons(project, capsys):
+    user = pd.read_parquet(project / "prepared/toy/users.parquet").user_id.iloc[3]
+    out = recommended(project, capsys, "--user", user, "--top", 40)
+    lines = out.splitlines()
+    assert lines[0].split() == ["place", "item_id", "title", "score", "kind", "nearest", "attention", "hit"]
+    ranks = pd.read_parquet(project / "predictions/toy/ranks.parquet").query("model == 'unirec' and user == 3").full
+    assert f"its rank is {ranks.iloc[0]:g}." in out and all("%" in line for line in lines[1:20])
+    marked = [line for line in lines[1:] if line.rstrip().endswith("*")]
+    assert [line.split()[0] for line in marked] in ([f"{ranks.iloc[0]:g}"], []), "the mark stands at the rank"
+    assert "score" in recommended(project, capsys, "--user", user, "--model", "popularity", "--top", 1)
+
+
+def test_new_people_and_new_things(project, capsys, tmp_path):
+    items = pd.read_parquet(project / "prepared/toy/items.parquet").item_id.tolist()
+    out = recommended(project, capsys, "--history", *items[:3], "--top", 5)
+    assert len(out.splitlines()) == 6 and not any(i in out for i in items[:3])
+    (tmp_path / "mug.yaml").write_text("title: Blue mug\nbrand: Okomiya\n")
+    out = recommended(project, capsys, "--item", tmp_path / "mug.yaml", "--attribute", "price=9.5", "--top", 2)
+    assert "The new item read as: " in out and "price" in out.splitlines()[0] and out.splitlines()[-3].split() == ["place", "user_id", "rank", "score", "nearest"]
+    out = recommended(project, capsys, "--attribute", "title=Blue mug", "--history", *items[:3])
+    assert "(this history)" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words, told", [(["--user", "nobody"], "user 'nobody' is unknown"), (["--history", "nothing"], "item 'nothing' is unknown"), (["--user", "1", "--model", "sasrec"], "model 'sasrec' is unknown"), ([], "for whom?"),
+                                         (["--attribute", "colour"], "expected NAME=VALUE"), (["--attribute", "colour=red"], "attribute 'colour' is unknown"), (["--item", "nowhere.yaml"], "nowhere.yaml"), (["--attribute", "picture=nowhere.png"], "nowhere.png"),
+                                         (["--user", "1", "--dataset", "tyo"], "data set 'tyo' is unknown (1 are known); did you mean toy?"), (["--attribute", "title=x", "--model", "markov"], "knows items by their events only")])
+def test_a_bad_question_is_one_line(words, told, project, capsys):
+    assert cli.main(["recommend", "--dataset", "toy", "--root", str(project), *words]) == 2
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert told in last and last.startswith("unirec: error: ") and not out
+
+
+def test_the_command_runs_in_a_process_of_its_own(root, project):
+    user = pd.read_parquet(project / "prepared/toy/users.parquet").user_id.iloc[0]
+    done = run(root, "recommend", "--dataset", "toy", "--user", user, "--top", 3, "--root", project)
+    assert done.returncode == 0 and done.stdout.split()[0] == "place" and len(done.stdout.splitlines()) == 6, done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+
+
+def test_words_for_the_terminal_cannot_move_the_cursor():
+    table = pd.DataFrame({"place": [1], "title": ["red \x1b[31m alert\nnext line" + "x" * 100], "hit": [True]})
+    text = cli.as_text(table)
+    assert "\x1b" not in text and len(text.splitlines()) == 2 and "…" in text and text.rstrip().endswith("*")

@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -618,6 +619,11 @@ def test_a_picture_has_the_name_that_the_items_table_gives_it(tmp_path):
     images = [{"variant": "PT01", "large": "https://shop.invalid/b.jpg"}, {"variant": "MAIN", "large": "https://shop.invalid/I/a.jpg", "hi_res": None}]
     (tmp_path / "meta.jsonl").write_text(json.dumps({"parent_asin": "x", "images": images}) + "\n" + json.dumps({"parent_asin": "y", "images": []}) + "\n")
     assert picture_urls(tmp_path / "meta.jsonl") == {clean_image(images): "https://shop.invalid/I/a.jpg"}
+    for value in ("https://shop.invalid/a.jpg", ["https://shop.invalid/a.jpg", "https://shop.invalid/b.jpg"], {"large": None, "thumb": "https://shop.invalid/a.jpg"}):
+        (tmp_path / "meta_Old.json.gz").write_bytes(gzip.compress(f"{ {'asin': 'x', 'imUrl': value}!r}\n".encode()))       # a Python literal
+        assert picture_urls(tmp_path / "meta_Old.json.gz", ["imUrl", "none"]) == {clean_image(value): "https://shop.invalid/a.jpg"}
+    (tmp_path / "meta_Old.json.gz").write_bytes((tmp_path / "meta_Old.json.gz").read_bytes()[:-6])
+    with pytest.raises(ValueError, match=r"meta_Old.json.gz, after row \d: the file is cut or damaged"): picture_urls(tmp_path / "meta_Old.json.gz", ["imUrl"])
     (tmp_path / "meta.jsonl").write_text('{"images": []}\n{"images"')
     with pytest.raises(ValueError, match="meta.jsonl, row 2"):
         picture_urls(tmp_path / "meta.jsonl")
@@ -660,10 +666,68 @@ def test_a_set_by_name_goes_through_the_download_stage(server, tmp_path, monkeyp
     assert {p: len(a) for p, a in server.asked.items()} == asked | {"/5.png": asked["/5.png"] + 1}  # only what failed is asked for again
 
 
+OLD = {"amazon2014": ("imUrl", "reviews_Toys_5.json.gz", repr, lambda url: url), "amazon2018": ("imageURLHighRes", "Toys_5.json.gz", json.dumps, lambda url: [url, url + "?second"])}
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("format", OLD)
+def test_pictures_of_older_amazon_sets_come_by_their_addresses(format, by_name, server, tmp_path, monkeypatch):
+    "The main picture of each item is in the shard under the name that the items table has; what fails is listed, and alone asked for again."
+    (source, reviews, dumps, value), site = OLD[format], tmp_path / "site"
+    site.mkdir()
+    lines = {"meta_Toys.json.gz": [dumps({"asin": f"i{k}", "title": "t", source: value(server.url(f"/I/{k}.png")), "also": None}) for k in range(4)],
+             reviews: [json.dumps({"reviewerID": f"u{u}", "asin": f"i{k}", "overall": 5.0, "unixReviewTime": 1_500_000_000 + u + k}) for u in range(4) for k in range(4)]}
+    for name, texts in lines.items(): (site / name).write_bytes(gzip.compress("".join(t + "\n" for t in texts).encode()))
+    server.routes |= {f"/{name}": file((site / name).read_bytes()) for name in lines} | {f"/I/{k}.png": file(picture(size=(k + 1, 2)), etag=None) for k in range(3)}
+    monkeypatch.setitem(SOURCES, "toys", Source("Toys", "none", server.url(""), tuple(RawFile(n, (server.url(f"/{n}"),)) for n in lines)))
+    monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "fetch_pictures", lambda urls, shard: fetch_pictures(urls, shard, patience=QUICK))
+    spec = SetSpec.from_params("toys", {"format": format, "source": "get:toys" if by_name else str(site), "files": "Toys", "options": {"pictures": True}, "k_core_users": 3, "k_core_items": 1,
+                                        "schema": {"title": {"type": "text"}, "picture": {"type": "image", "source": source}}})
+    for _ in range(2):
+        assert {"images.zip", "images.zip.failures.json", "source.json", *lines} == set(download(spec, tmp_path / "raw"))
+    assert json.loads((tmp_path / "raw" / "source.json").read_text())["counts"]["pictures"] == {"asked": 4, "there": 3, "fetched": 0, "cmyk": 0, "animated": 0, "failed": 1}
+    assert list(json.loads((tmp_path / "raw" / "images.zip.failures.json").read_text()).values()) == [{"url": server.url("/I/3.png"), "cause": "404 Not Found"}]
+    assert [len(server.asked[f"/I/{k}.png"]) for k in range(4)] == [1, 1, 1, 2]
+    prepare(tmp_path / "raw", spec, tmp_path / "prepared", negatives=0)
+    pictures = pd.read_parquet(tmp_path / "prepared" / "items.parquet").picture
+    assert packed(tmp_path / "raw" / "images.zip") == set(pictures[:3]) and pictures[3] not in packed(tmp_path / "raw" / "images.zip")
+    assert picture_bytes(list(pictures[:3]), tmp_path / "raw")[0] == {pictures[k]: picture(size=(k + 1, 2)) for k in range(3)}
+    download(SetSpec.from_params("toys", {"format": format, "source": str(site), "files": "Toys", "schema": {"title": {"type": "text"}}}), tmp_path / "plain")
+    assert set(left(tmp_path / "plain")) == set(lines), "nothing is fetched that was not asked for"
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_photos_of_yelp_are_taken_along(by_name, tmp_path, monkeypatch):
+    "The first photo of each business is packed, one that is not there or leaves the folder is listed, others are left where they are."
+    monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))
+    shelf = tmp_path / "cache" / "downloads" / "yelp" if by_name else tmp_path / "mine"
+    (shelf / "photos").mkdir(parents=True)
+    (shelf / "yelp_academic_dataset_business.json").write_text("".join(json.dumps({"business_id": b, "name": b}) + "\n" for b in "abcd"))
+    (shelf / "yelp_academic_dataset_review.json").write_text("".join(json.dumps({"user_id": u, "business_id": b, "stars": 4.0, "date": f"2018-07-0{1 + k} 10:00:00"}) + "\n" for u in "uvw" for k, b in enumerate("abcd")))
+    spec = SetSpec.from_params("yelp", {"format": "yelp", "source": "get:yelp" if by_name else str(shelf), "files": "yelp", "k_core_users": 3, "k_core_items": 1, "schema": {"name": {"type": "text"}, "photo": {"type": "image"}}})
+    (shelf / "photos" / "p.jpg").write_bytes(picture("JPEG"))
+    with pytest.raises(FileNotFoundError, match="photos.json, which says whose they are, is not"): download(spec, tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+    (shelf / "photos.json").write_text("".join(json.dumps({"business_id": b, "photo_id": p}) + "\n" for b, p in [("a", "p"), ("a", "q"), ("b", "gone"), ("c", "../../secret")]))
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    download(spec, tmp_path / "raw")
+    assert json.loads((tmp_path / "raw" / "source.json").read_text())["counts"]["pictures"] == {"asked": 3, "there": 1, "failed": 2}
+    failures = json.loads((tmp_path / "raw" / "images.zip.failures.json").read_text())
+    assert {n: f["cause"] for n, f in failures.items()} == {"photos/gone.jpg": "it is not in the folder photos", "photos/../../secret.jpg": "its name leaves the folder"}
+    quality = prepare(tmp_path / "raw", spec, tmp_path / "prepared", negatives=0)
+    items = pd.read_parquet(tmp_path / "prepared" / "items.parquet")
+    assert [p if isinstance(p, str) else None for p in items.photo] == ["photos/p.jpg", "photos/gone.jpg", None, None] and quality["invalid_values"] == {"photo": 1}
+    assert packed(tmp_path / "raw" / "images.zip") == {"photos/p.jpg"} and picture_bytes(["photos/p.jpg"], tmp_path / "raw")[0] == {"photos/p.jpg": picture("JPEG")}
+    for path in (shelf / "photos" / "p.jpg", shelf / "photos.json"): path.unlink()
+    (shelf / "photos").rmdir()
+    assert not {"images.zip", "photos.json"} & set(download(spec, tmp_path / "raw")), "photos are optional"
+
+
 def test_a_download_that_fails_leaves_no_raw_folder(dead, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SOURCES, "toys", Source("Toys", "none", dead, (RawFile("Toys.csv", (dead,)),)))
-    monkeypatch.setattr(sources.get, "__defaults__", (None, False, QUICK))
+    monkeypatch.setattr(sources.get, "__defaults__", (None, (), QUICK))
     spec = SetSpec.from_params("toys", {"format": "amazon2023", "source": "get:toys", "files": "Toys", "schema": {"title": {"type": "text"}}})
     with pytest.raises(FetchError, match="put it at") as e:
         download(spec, tmp_path / "raw")

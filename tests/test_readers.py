@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,12 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unirec import prepare as preparing
+from unirec.columns import Columns, item_batches
 from unirec.datasets import READERS, SetSpec
 from unirec.prepare import candidate_chunks, check_aggregates, check_candidates, check_parts, indexed, prepare
 from unirec.raw import blocks, clean, from_json, lines, milliseconds
 from unirec.reviews import as_events, fast, review_batches
 from unirec.schema import Attribute, Schema
 from unirec.splits import in_order, k_core, leave_one_out, sample_candidates, train_aggregate
+from unirec.tables import item_sources, items_table
 
 DAY, NOW = 86_400_000, 1_600_000_000_000  # ms
 FIELDS = {"user_id": "user_id", "item_id": "parent_asin", "rating": "rating", "timestamp": "timestamp", "title": "title", "text": "text"}
@@ -330,6 +333,43 @@ def test_the_fast_reader_and_the_exact_one_agree(tmp_path, content, size):
 def test_the_fast_reader_is_used_for_good_lines():
     block = "".join(json.dumps(review(user_id=f"u{k}", text="für \N{GRINNING FACE}"), ensure_ascii=k % 2 == 0) + "\n" for k in range(50)).encode()
     assert len(fast(block, FIELDS)) == 50
+
+
+THING = st.none() | SAFE | st.lists(st.none() | SAFE, max_size=2) | st.integers(-5, 10**10) | st.floats(allow_nan=False, allow_infinity=False)
+ITEM = st.fixed_dictionaries({"parent_asin": st.sampled_from(["a", "b", "c", "", None])}, optional={
+    "title": THING | ODD, "details": st.none() | st.fixed_dictionaries({}, optional={"Brand": THING, "Color": THING, "more": ODD}) | ODD, "price": st.none() | st.floats(-1, 1e9) | ODD, "images": THING, "more": ODD})
+
+
+@st.composite
+def item_files(draw):
+    "Lines of items as bytes, some of them torn, blank, two on a line, or with a key twice."
+    out = []
+    for record in draw(st.lists(ITEM, min_size=1, max_size=8)):
+        kind, text = draw(st.sampled_from(["good"] * 12 + ["twice", "double", "torn", "blank", "spaced"])), json.dumps(record, ensure_ascii=draw(st.booleans()))
+        out.append({"twice": '{"title": "first", ' + text[1:], "double": text * 2, "torn": text[:-1], "blank": "\n" + text, "spaced": " " + text}.get(kind, text))
+    return (draw(st.sampled_from(["\n", "\r\n"])).join(out) + draw(st.sampled_from(["", "\n"]))).encode("utf-8", "surrogatepass")
+
+
+def items_of(path, quick, size):
+    "All that a reader says of a file of items: the table and the counts, or the error."
+    schema, quality = Schema.from_params(SCHEMA | {"colour": {"type": "text", "source": "details.Color"}}), {}
+    try: items = items_table(item_batches(path, ["parent_asin", *item_sources(schema)], quick, size), "parent_asin", schema, quality)
+    except ValueError as e: return str(e)
+    return items.to_dict("list"), [str(t) for t in items.dtypes], quality["dropped"], quality["invalid"]
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(content=item_files(), size=st.sampled_from([40, 200, 10_000]))
+def test_the_decoder_and_the_exact_reader_of_items_agree(tmp_path, content, size):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    assert repr(items_of(path, True, size)) == repr(items_of(path, False, size))
+
+
+def test_the_decoder_is_used_for_good_items():
+    block = "".join(json.dumps(item(parent_asin=f"p{k}", title=["für", "\N{GRINNING FACE}"], price=k), ensure_ascii=k % 2 == 0) + "\n" for k in range(50)).encode()
+    found = Columns({"parent_asin": Any, "title": Any, "details.Brand": Any, "price": Any})(block)
+    assert found["title"] == [["für", "\N{GRINNING FACE}"]] * 50 and found["details.Brand"] == ["Acme"] * 50 and found["price"] == list(range(50))
 
 
 # what is written comes back

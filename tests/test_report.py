@@ -1,5 +1,6 @@
 """The results page, made from made-up files and looked at by a real browser."""
 import base64
+import hashlib
 import io
 import json
 import shutil
@@ -12,6 +13,7 @@ from unirec import standing
 from unirec.report import build_page, comparison_table, markdown_table
 
 INJECTED = "<script>window.taken = true; document.title = 'taken'</script><img src=x onerror='window.taken = true'>"
+KINDS = ("cold", "rare", "middle", "popular")
 MODELS = {"unirec": 0.09, "unirec_id": 0.08, "sasrec": 0.07, INJECTED: 0.05}
 
 
@@ -21,8 +23,8 @@ def picture(colour):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def item(name, picture=None, **extra):
-    return {"item_id": name, "title": f"Thing {name}", "detail": "a detail " * 6, "picture": picture} | extra
+def item(name, picture=None, kind="middle"):
+    return {"title": f"Thing {name}", "detail": "a detail " * 6, "kind": kind, "picture": picture}
 
 
 def write_json(path, value):
@@ -61,14 +63,19 @@ def write_set(root, name, synthetic, redistributable):
     write_json(folder / "quality.json", {"users": 10, "items": 40, "events": 90, "rows_read": 100, "rows_kept": 90, "dropped": {INJECTED: 10}, "coverage": {"title": 1.0, INJECTED: 0.25}, "invalid_values": {INJECTED: 3},
                                            "tied_events": 9, "valid_users": 10, "test_users": 9, "cold_users": 1, "events_of_cold_users": 4, "cold_items": 6, "cold_test_targets": 2, "split": "by_time", "ties": "file", "repeats": "keep"})
     write_compared(folder, name)
-    target = item("target", picture("teal"))
-    top = [item(f"item{place}", picture("orange")) | {"score": 1.0 / place, "hit": False} for place in range(1, 10)]
-    users = [{"user": f"{name}-user-{number}", "history": [item(f"old{step}", picture("gray")) for step in range(13)], "target": target,
-              "models": {"unirec": top[:3] + [target | {"score": 0.2, "hit": True}] + top[3:], "sasrec": top + [item("item10", None, score=0.01, hit=False)]},
-              "rank": {"unirec": 4.0, "sasrec": 23.5}} for number in range(10)]
-    foreign = [item("a", "javascript:window.taken=true"), item("b", "https://elsewhere.invalid/b.png"), item("c", "data:image/svg+xml;base64,PHN2Zy8+"), item("d", 'data:image/png;base64,AA" onload="window.taken=true')]
-    users[0] |= {"user": INJECTED, "history": foreign + [item("e") | {"title": INJECTED, "detail": INJECTED}, item("f") | {"title": "W" * 300}]}
-    write_json(root / "predictions" / name / "examples.json", {"dataset": name, "synthetic": synthetic, "redistributable": redistributable, "users": users})
+    cards = {f"item{place}": item(f"item{place}", picture("orange"), KINDS[place % 4]) for place in range(1, 10)} | {f"old{step}": item(f"old{step}", picture("gray")) for step in range(13)}
+    cards |= {"target": item("target", picture("teal"), "popular"), "cold": item("cold", None, "cold"), "item10": item("item10", None, "rare")}
+    cards |= {"a": item("a", "javascript:window.taken=true"), "b": item("b", "https://elsewhere.invalid/b.png"), "c": item("c", "data:image/svg+xml;base64,PHN2Zy8+"), "d": item("d", 'data:image/png;base64,AA" onload="window.taken=true')}
+    cards |= {"e": item("e") | {"title": INJECTED, "detail": INJECTED}, "f": item("f") | {"title": "W" * 300}}
+    def places(*names):
+        return [{"item": one, "score": 1 / place, "nearest": [["old12", 0.75], ["old11", 0.5]]} for place, one in enumerate(names, 1)]
+    ten = [f"item{place}" for place in range(1, 10)]
+    users = [{"user": f"{name}-user-{number}", "history": [f"old{step}" for step in range(13)], "events": 40, "target": "cold" if number == 9 else "target", "rank": {"unirec": 4.0, "sasrec": 23.5, INJECTED: 99},
+              "top": {"unirec": places(*ten[:3], "target", *ten[3:]), "sasrec": places(*ten, "item10"), INJECTED: places("e", "f")}} for number in range(10)]
+    users[0] |= {"user": INJECTED, "history": ["a", "b", "c", "d", "e", "f"]}
+    shares = {i: {"title": 0.625, INJECTED: 0.375} for i in cards}
+    write_json(root / "predictions" / name / "examples.json", {"dataset": name, "synthetic": synthetic, "redistributable": redistributable, "items": cards, "users": users,
+        "models": {"unirec": {"nearest": "the model's own embeddings", "attention": shares}, "sasrec": {"nearest": "the frozen vectors", "attention": {}}, INJECTED: {"nearest": INJECTED, "attention": {}}}})
 
 
 def write_sets(root):
@@ -115,15 +122,17 @@ def visit(chromium, pages):
     """Open a page at a width, every fold open, and return it with what it asked for and complained about."""
     contexts = []
 
-    def open_page(width=1280, scheme="light", audience="local"):
+    def open_page(width=1280, scheme="light", audience="local", script=True):
         file, report = pages[audience]
-        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script)
         contexts.append(context)
         page, seen = context.new_page(), {"requests": [], "errors": [], "report": report}
         page.on("request", lambda request: seen["requests"].append(request.url))
         page.on("console", lambda message: seen["errors"].append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: seen["errors"].append(str(error)))
         page.goto(file.as_uri())
+        if not script: return page, seen
+        page.wait_for_selector("#explorer-charts[data-ready]")
         page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
         page.wait_for_load_state("networkidle")
         return page, seen
@@ -138,22 +147,34 @@ def test_page_stays_at_home_and_injected_words_stay_words(visit):
     assert [url for url in seen["requests"] if not url.startswith("data:")] == [page.url]
     assert seen["errors"] == []
     assert page.evaluate("window.taken") is None and page.title() == "UniRec companion: results"
-    assert page.locator("script, iframe, object, embed, form, [onerror], [onload]").count() == 0
+    assert page.locator("iframe, object, embed, [onerror], [onload], script[src]").count() == 0 and page.locator("script").count() == 3
     assert page.get_by_text(INJECTED).count() >= 10  # it is there to be read: model, user, title, reason, parameters
     assert seen["report"]["pictures_refused"] == 4
     assert "Pictures left out" in page.locator("footer").inner_text() and "elsewhere.invalid" not in page.content()
 
 
-def test_badge_hit_and_figures_are_shown(visit):
+def test_only_the_pages_own_scripts_may_run(visit):
+    page, _ = visit()
+    allowed = page.locator("meta[http-equiv=Content-Security-Policy]").get_attribute("content")
+    scripts = page.evaluate("[...document.querySelectorAll('script:not([type])')].map(part => part.textContent)")
+    wanted = ["'sha256-" + base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() + "'" for code in scripts]
+    assert allowed.startswith(f"default-src 'none'; script-src {' '.join(wanted)}; img-src data:;") and "unsafe-eval" not in allowed and len(wanted) == 2
+    page.evaluate("(() => { const part = document.createElement('script'); part.textContent = 'window.taken = true'; document.body.append(part); })()")
+    assert page.evaluate("window.taken") is None
+
+
+def test_tables_and_figures_need_no_script(visit):
+    page, _ = visit(script=False)
+    assert page.locator("#explorer").get_by_text("need JavaScript").is_visible() and not page.locator("#explorer-form").is_visible()
+    assert page.locator("#set-1 .comparison tbody tr").count() == 4 and page.locator("#set-1 figure svg").first.is_visible()
+
+
+def test_badge_and_figures_are_shown(visit):
     page, _ = visit()
     made_up, borrowed = page.locator("#set-1"), page.locator("#set-2")
     assert made_up.locator(".badge.synthetic").inner_text() == "synthetic data" and made_up.locator(".badge.synthetic").is_visible()
     assert borrowed.locator(".badge.synthetic").count() == 0
     assert "claims never come from it" in page.locator("header").inner_text()
-    hits = made_up.locator("li.hit")
-    assert hits.count() == 10 and all("Thing target" in text and "hit" in text for text in hits.all_inner_texts())
-    assert hits.first.locator("strong").is_visible() and hits.first.locator(".place").inner_text() == "4"
-    assert "unirec: rank 4" in made_up.locator(".user > summary").first.inner_text() and "sasrec: rank 23.5" in made_up.locator(".user > summary").first.inner_text()
     assert made_up.locator(".comparison tbody th").all_inner_texts()[0].startswith("unirec")
     best = made_up.locator(".comparison td.best").first
     assert "0.0905" in best.inner_text() and "± 0.0007" in best.inner_text()
@@ -184,7 +205,7 @@ CONTRAST = """() => {
   const parts = colour => colour.match(/[0-9.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const ground = part => { for (; part; part = part.parentElement) { const c = parts(getComputedStyle(part).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
-  return [...document.querySelectorAll('h1,h2,h3,h4,h5,p,dt,dd,th,td,small,figcaption,summary,.badge,.what,.place,a,svg text')].map(part => {
+  return [...document.querySelectorAll('h1,h2,h3,h4,h5,p,dt,dd,th,td,small,figcaption,summary,select,button:not(:disabled),label,.badge,.kind,.what,.place,a,svg text')].map(part => {
     const style = getComputedStyle(part), a = light(parts(part.closest('svg') ? style.fill : style.color)), b = light(ground(part));
     return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), part.outerHTML.slice(0, 80)] }).filter(([ratio]) => ratio < 4.5) }"""
 
@@ -197,11 +218,13 @@ def test_text_stands_out_in_both_themes(visit, scheme):
 
 def test_what_may_not_be_passed_on_stays_here(visit):
     local, _ = visit()
-    assert local.locator("#set-2").get_by_text("Shown on this machine only").is_visible()
-    assert local.locator("#set-2 img").count() == 0 and local.locator("#set-2 li.hit").count() == 10 and local.locator("#set-1 img").count() > 100
+    assert local.locator("#set-2").get_by_text("shown on this machine only").is_visible() and local.locator("#explorer img").count() > 15
+    local.locator("#pick-set").select_option(label="borrowed")
+    assert local.locator("#explorer").get_by_text("Shown on this machine only").is_visible() and local.locator("#explorer img").count() == 0 and local.locator("#explorer li").count() > 10
     public, seen = visit(audience="public")
-    assert public.locator("#set-2 img, #set-2 li, #set-2 details.user").count() == 0 and "borrowed-user" not in public.content()
-    assert public.locator("#set-2").get_by_text("does not allow passing").is_visible() and seen["report"]["rows_withheld"] == ["borrowed"]
+    public.locator("#pick-set").select_option(label="borrowed")
+    assert public.locator("#explorer img, #explorer li").count() == 0 and "borrowed-user" not in public.content()
+    assert public.locator("#set-2").get_by_text("does not allow passing").is_visible() and public.locator("#explorer").get_by_text("does not allow passing").is_visible() and seen["report"]["rows_withheld"] == ["borrowed"]
 
 
 @pytest.mark.parametrize("entry, said", [({}, True), ({"redistributable": True}, False), ({"redistributable": "yes"}, True), ({"redistributable": True}, None)])

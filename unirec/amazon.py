@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from .raw import find, read_jsonl, read_literals
+from .columns import columns_of, item_batches
+from .raw import find, read_literals
 from .reviews import read_reviews
-from .tables import items_table, snapshot_notes
+from .tables import item_sources, items_table, snapshot_notes
 
 # %% ../nbs/02_amazon.ipynb #cell-006
 AMAZON2023 = {"user_id": "user_id", "item_id": "parent_asin", "rating": "rating", "timestamp": "timestamp", "title": "title", "text": "text"}
@@ -23,7 +24,7 @@ def read_amazon2023(folder: Path, spec,  # SetSpec
                     ) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     "Reader of Amazon Reviews 2023: `<Category>.jsonl[.gz]` and `meta_<Category>.jsonl[.gz]`."
     quality = {"notes": snapshot_notes(spec.schema)}
-    items = items_table(read_jsonl(find(folder, f"meta_{spec.files}.jsonl")), "parent_asin", spec.schema, quality)
+    items = items_table(item_batches(find(folder, f"meta_{spec.files}.jsonl"), ["parent_asin", *item_sources(spec.schema)]), "parent_asin", spec.schema, quality)
     return items, read_reviews(find(folder, f"{spec.files}.jsonl"), AMAZON2023, items, quality), quality
 
 # %% ../nbs/02_amazon.ipynb #cell-012
@@ -34,7 +35,7 @@ def read_amazon2018(folder: Path, spec,  # SetSpec
                     ) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     "Reader of Amazon Reviews 2018: `<Category>_5.json[.gz]` (or `<Category>.json`) and `meta_<Category>.json[.gz]`."
     quality = {"notes": snapshot_notes(spec.schema)}
-    items = items_table(read_jsonl(find(folder, f"meta_{spec.files}.json")), "asin", spec.schema, quality, html=True)
+    items = items_table(item_batches(find(folder, f"meta_{spec.files}.json"), ["asin", *item_sources(spec.schema)]), "asin", spec.schema, quality, html=True)
     return items, read_reviews(find(folder, f"{spec.files}_5.json", f"{spec.files}.json"), AMAZON2018, items, quality, html=True), quality
 
 # %% ../nbs/02_amazon.ipynb #cell-017
@@ -50,5 +51,6 @@ def read_amazon2014(folder: Path, spec,  # SetSpec
                     ) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     "Reader of Amazon Reviews 2014: `reviews_<Category>_5.json[.gz]` (or `reviews_<Category>.json`) and `meta_<Category>.json[.gz]`."
     quality = {"notes": snapshot_notes(spec.schema)}
-    items = items_table(flat_categories(read_literals(find(folder, f"meta_{spec.files}.json"))), "asin", spec.schema, quality, html=True)
+    records = flat_categories(read_literals(find(folder, f"meta_{spec.files}.json")))
+    items = items_table(columns_of(records, ["asin", *item_sources(spec.schema)]), "asin", spec.schema, quality, html=True)
     return items, read_reviews(find(folder, f"reviews_{spec.files}_5.json", f"reviews_{spec.files}.json"), AMAZON2018, items, quality, html=True), quality

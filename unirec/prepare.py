@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPEATS', 'ROWS', 'core', 'once', 'indexed', 'touched_by', 'pairs_of', 'candidate_chunks', 'write_candidates',
-           'check_parts', 'check_aggregates', 'check_candidates', 'all_or_nothing', 'there', 'quality_report',
+           'check_parts', 'check_aggregates', 'check_candidates', 'all_or_nothing', 'there', 'tied', 'quality_report',
            'texts_of', 'write_part', 'prepare']
 
 # %% ../nbs/03_prepare.ipynb #cell-003
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,8 +63,10 @@ def indexed(events: pd.DataFrame, items: pd.DataFrame, spec: SetSpec) -> tuple[p
     user, item = user[kept], item[kept]
     user, seen = pd.factorize(user)
     used = np.flatnonzero(np.bincount(item))
-    if spec.k_core_items > 1: items = items[items.item_id.isin(item_ids[used])].reset_index(drop=True)
     place = pd.Index(items.item_id).get_indexer(item_ids)
+    if spec.k_core_items > 1:
+        listed = np.isin(np.arange(len(items)), place[used], kind="table")
+        items, place = items[listed].reset_index(drop=True), np.cumsum(listed)[place] - 1
     table = pd.DataFrame({"user": user, "item": place[item], "rating": events.rating.to_numpy()[kept], "timestamp": events.timestamp.to_numpy()[kept], "row": kept})
     left_out = {"repeated": len(events) - len(single), "core": {"events": len(single) - len(kept), "users": len(user_ids) - len(seen), "items": len(item_ids) - len(used), "rounds": rounds}}
     return table, pd.DataFrame({"user_id": np.asarray(user_ids[seen], object)}), items, left_out
@@ -146,7 +149,8 @@ def check_candidates(chunks: Iterator[np.ndarray], user: np.ndarray, item: np.nd
         if (chunk[:, 0] != wanted).any(): raise ValueError(f"the candidates of user {who[int((chunk[:, 0] != wanted).argmax())]} do not begin with the target")
         keys = np.sort(np.arange(len(chunk))[:, None] * np.int64(n_items) + chunk[:, 1:], axis=1).ravel()
         _, own, touched = touched_by(pairs, who, n_items)
-        found = np.isin(own * np.int64(n_items) + touched, keys)
+        theirs = own * np.int64(n_items) + touched
+        found = np.append(keys, -1)[np.searchsorted(keys, theirs)] == theirs
         if found.any(): raise ValueError(f"leak: the candidates of user {who[own[int(found.argmax())]]} hold item {touched[int(found.argmax())]}, which the user touched")
         if (np.diff(keys) == 0).any(): raise ValueError(f"the candidates of user {who[keys[int((np.diff(keys) == 0).argmax())] // n_items]} hold an item twice")
         done += len(chunk)
@@ -172,18 +176,26 @@ def there(values: pd.Series) -> float:
     return float(values.map(lambda v: not (v is None or (isinstance(v, float) and np.isnan(v)) or (hasattr(v, "__len__") and len(v) == 0))).mean())
 
 # %% ../nbs/03_prepare.ipynb #cell-032
+def tied(table: pd.DataFrame  # ordered events of `in_order`
+         ) -> int:
+    "How many events have the user and the time of another one."
+    user, times = table.user.to_numpy(), table.timestamp.to_numpy()
+    same = (user[1:] == user[:-1]) & (times[1:] == times[:-1])
+    return int((np.append(same, False) | np.append(False, same)).sum())
+
+# %% ../nbs/03_prepare.ipynb #cell-034
 def quality_report(items: pd.DataFrame, users: pd.DataFrame, table: pd.DataFrame, parts: dict, quality: dict, left_out: dict, spec: SetSpec) -> dict:
     "What was read, kept and dropped and why, coverage, ties, repeated pairs, what train does not know, and the fingerprint of the split."
     dropped = quality["dropped"] | {"event of a repeated pair": left_out["repeated"], "event below the k-core": left_out["core"]["events"]}
     return {"users": len(users), "items": len(items), "events": len(table), "rows_read": quality["rows_read"], "rows_kept": len(table),
             "dropped": {k: v for k, v in dropped.items() if v}, "k_core": left_out["core"],
             "invalid_values": quality["invalid"], "coverage": {a: round(there(items[a]), 4) for a in spec.schema.names},
-            "tied_events": int(table.duplicated(["user", "timestamp"], keep=False).sum()), "repeated_pairs": int(table.duplicated(["user", "item"]).sum()),
+            "tied_events": tied(table), "repeated_pairs": len(table) - len(pairs_of(table.user.to_numpy(), table.item.to_numpy(), len(items))),
             "cold_items": len(items) - parts["train"].item.nunique(), **split_counts(parts), "notes": quality.get("notes", []),
             "split": spec.split, "ties": spec.ties, "repeats": spec.repeats, **({"split_options": json.loads(json.dumps(spec.split_options, default=str))} if spec.split_options else {}),
             "test_split_sha256": split_hash(users.user_id[parts["test"].user], items.item_id[parts["test"].item])}
 
-# %% ../nbs/03_prepare.ipynb #cell-034
+# %% ../nbs/03_prepare.ipynb #cell-036
 def texts_of(events: pd.DataFrame) -> pd.Series:
     "The reviews in one piece, from which any rows are taken quickly; objects where there are none."
     review = events.pop("review")
@@ -191,10 +203,10 @@ def texts_of(events: pd.DataFrame) -> pd.Series:
     texts = pa.array(review, pa.large_string(), from_pandas=True)
     return pa.table({"review": texts}).combine_chunks().to_pandas()["review"] if isinstance(texts, pa.ChunkedArray) and texts.num_chunks > 1 else review
 
-# %% ../nbs/03_prepare.ipynb #cell-035
+# %% ../nbs/03_prepare.ipynb #cell-037
 ROWS = 1 << 20  # rows that are written at a time: parquet's usual row group
 
-# %% ../nbs/03_prepare.ipynb #cell-036
+# %% ../nbs/03_prepare.ipynb #cell-038
 def write_part(part: pd.DataFrame, review: pd.Series, path: Path) -> None:
     "One part with its review texts as parquet, some rows at a time, byte for byte what `to_parquet` writes at once."
     rows, part = part.row.to_numpy(), part.drop(columns="row")
@@ -206,7 +218,7 @@ def write_part(part: pd.DataFrame, review: pd.Series, path: Path) -> None:
     with pq.ParquetWriter(path, schema) as f:
         for a in range(0, max(len(part), 1), ROWS): f.write_table(pa.Table.from_pandas(some(a, a + ROWS), schema, preserve_index=False).cast(schema), ROWS)
 
-# %% ../nbs/03_prepare.ipynb #cell-038
+# %% ../nbs/03_prepare.ipynb #cell-040
 def prepare(raw: Path,            # folder with the raw files of this set
             spec: SetSpec,
             out: Path,            # gets items, users, train, valid, test (parquet), candidates (npy), quality.json; made anew
@@ -229,9 +241,10 @@ def prepare(raw: Path,            # folder with the raw files of this set
         items.to_parquet(folder / "items.parquet"); users.to_parquet(folder / "users.parquet")
         n_items, pairs, asked = len(items), (table.user.to_numpy(), table.item.to_numpy()), (parts["test"].user.to_numpy(), parts["test"].item.to_numpy())
         del items, table                                                                      # what is written or counted need not be held
-        for name, part in parts.items(): write_part(part, review, folder / f"{name}.parquet")
-        del review, part, parts
-        chunks = candidate_chunks(*pairs, *asked, n_items, negatives, seed)
-        write_candidates(check_candidates(chunks, *pairs, *asked, n_items), (len(asked[0]), 1 + negatives), folder / "candidates.npy")
+        chunks = check_candidates(candidate_chunks(*pairs, *asked, n_items, negatives, seed), *pairs, *asked, n_items)
+        with ThreadPoolExecutor(1) as pool:                                                   # texts are packed while candidates are drawn
+            drawn = pool.submit(write_candidates, chunks, (len(asked[0]), 1 + negatives), folder / "candidates.npy")
+            for name, part in parts.items(): write_part(part, review, folder / f"{name}.parquet")
+            drawn.result()
         (folder / "quality.json").write_text(json.dumps(report, indent=1))
     return report

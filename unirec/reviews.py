@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
+from .columns import well_formed
 from .raw import BLOCK, LARGEST, blocks, clean_number, lines_of, milliseconds, need, records, strip_html, whole
 from .tables import events_table, identity
 
@@ -87,9 +88,7 @@ def fast(block: bytes, fields: Mapping[str, str], dates: bool = False) -> pa.Tab
     try: table = pj.read_json(pa.BufferReader(block), read_options=pj.ReadOptions(use_threads=False, block_size=len(block) + 1), parse_options=options)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError): return None
     table = pa.table({n: table[fields[n]] if n in fields else pa.nulls(len(table), pa.string()) for n in REVIEW.names})
-    lines = block.count(b"\n") + (not block.endswith(b"\n"))
-    sure = block[:1] == b"{" and block.endswith((b"}", b"}\n")) and block.count(b"}\n{") == lines - 1 and len(table) == lines
-    if not sure or any(table[c].null_count for c in ("user_id", "item_id", "timestamp")): return None
+    if len(table) != well_formed(block) or any(table[c].null_count for c in ("user_id", "item_id", "timestamp")): return None
     largest = pc.max(pc.abs(table["rating"])).as_py()
     if largest is not None and not largest <= LARGEST: return None
     return fast_dates(table) if dates else table
@@ -111,15 +110,19 @@ def review_batches(path: Path, fields: Mapping[str, str],
                    quick: bool = True,   # False: the exact reader only
                    size: int = BLOCK,
                    dates: bool = False,  # are the times dates as text?
+                   then: Callable[[pa.Table], pa.Table] = lambda table: table,  # what is made of each table
                    ) -> Iterator[pa.Table]:
     "Tables of REVIEW, a block of lines each, in the order of the file; raises ValueError that names file, row and field."
+    def tried(block):
+        table = fast(block, fields, dates)
+        return None if table is None else then(table)
     def done(first, block, answer):
         table = answer.result() if answer else None
-        return exact(block, first, path, fields, invalid, dates) if table is None else table
+        return then(exact(block, first, path, fields, invalid, dates)) if table is None else table
     waiting = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         for first, block in blocks(path, size):
-            waiting.append((first, block, pool.submit(fast, block, fields, dates) if quick else None))
+            waiting.append((first, block, pool.submit(tried, block) if quick else None))
             if len(waiting) > 2 * WORKERS: yield done(*waiting.popleft())
         while waiting: yield done(*waiting.popleft())
 
@@ -153,7 +156,7 @@ def read_reviews(path: Path, fields: Mapping[str, str], items: pd.DataFrame,
                  ) -> pd.DataFrame:
     "The canonical events table of a file of reviews."
     invalid = Counter()
-    batches = review_batches(path, fields, invalid, quick, size, dates)
-    events = events_table((as_events(b, "s" if dates else unit, html) for b in batches), items, quality)
+    batches = review_batches(path, fields, invalid, quick, size, dates, lambda table: as_events(table, "s" if dates else unit, html))
+    events = events_table(batches, items, quality)
     quality["invalid"] = {**quality.get("invalid", {}), **invalid}
     return events

@@ -6,7 +6,7 @@
 __all__ = ['AMAZON_HUB', 'AMAZON_SITES', 'AMAZON_LICENCE', 'GROUPLENS', 'YELP', 'SOURCES', 'RawFile', 'Source', 'downloads',
            'from_place', 'obtain', 'read_interactions', 'event_key', 'locate_reviews', 'join_reviews', 'join_items',
            'five_core', 'amazon2023', 'authors', 'amazon2014', 'movielens', 'original_movielens', 'ByHand',
-           'gather_files', 'copy_whole', 'get']
+           'gather_files', 'copy_whole', 'bring_pictures', 'get']
 
 # %% ../nbs/01_sources.ipynb #cell-003
 import hashlib
@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,7 +206,7 @@ def original_movielens(fetched: Path, folder: Path) -> dict:
 
 # %% ../nbs/01_sources.ipynb #cell-030
 GROUPLENS = "GroupLens' terms: research use, not to be passed on"
-YELP = "Read and accept the licence there, which no program can do for you, download the JSON files and unpack them"
+YELP = "Read and accept the licence there, which no program can do for you, download the JSON files (and for pictures the photos: the folder `photos` with `photos.json`) and unpack them"
 SOURCES = {
     "beauty": authors("Amazon Beauty and Personal Care, the authors' release", "amazon_beauty", "Beauty_and_Personal_Care"),
     "baby": authors("Amazon Baby Products, the authors' release", "amazon_baby", "Baby_Products"),
@@ -246,10 +246,22 @@ def copy_whole(source: Path, path: Path) -> None:
     settle(beside(path, ".part"), path)
 
 # %% ../nbs/01_sources.ipynb #cell-036
+def bring_pictures(folder: Path,            # the raw folder, with the items
+                   shelf: Path,             # where fetched pictures are kept
+                   sources: Sequence[str],  # raw fields that hold pictures
+                   ) -> dict[str, int]:     # counts of `fetch_pictures`
+    "Fetch the main pictures of a raw folder's items into its images.zip; what fails is listed beside it."
+    shelf.mkdir(parents=True, exist_ok=True)
+    urls = {n: u for meta in sorted(folder.glob("meta_*.json*")) for n, u in picture_urls(meta, sources).items()}
+    counts = fetch_pictures(urls, shelf / "images.zip")
+    for name in ("images.zip", "images.zip.failures.json"): copy_whole(shelf / name, folder / name)
+    return counts
+
+# %% ../nbs/01_sources.ipynb #cell-037
 def get(name: str,                   # one of SOURCES
         folder: Path,                # the raw folder
         shelf: Path | None = None,   # where fetched files are kept; None: downloads() / name
-        pictures: bool = False,      # fetch the items' main pictures into images.zip?
+        pictures: Sequence[str] = (),  # raw fields of the items whose main pictures are fetched into images.zip
         patience: Patience = Patience()) -> dict:  # what source.json says
     "Bring the raw files of a data set; raises ValueError for an unknown name, FetchError with what to do."
     if name not in SOURCES: raise ValueError(f"no source is called {name!r}; there are {', '.join(SOURCES)}")
@@ -259,11 +271,7 @@ def get(name: str,                   # one of SOURCES
         files = gather_files(name, source, shelf, patience)
         if source.make: counts = source.make(shelf, folder)
         else: counts = {}; [copy_whole(f, folder / f.name) for f in files]
-        if pictures:
-            urls = {n: u for meta in sorted(folder.glob("meta_*.jsonl")) for n, u in picture_urls(meta).items()}
-            counts |= {"pictures": fetch_pictures(urls, shelf / "images.zip")}
-            copy_whole(shelf / "images.zip", folder / "images.zip")
-            copy_whole(shelf / "images.zip.failures.json", folder / "images.zip.failures.json")
+        if pictures: counts |= {"pictures": bring_pictures(folder, shelf, pictures)}
         said = {"name": name, "title": source.title, "licence": source.licence, "page": source.page, "counts": counts, "sha256": {f.name: digest(f) for f in files}}
         if files: write_json(folder / "source.json", said)
     return said

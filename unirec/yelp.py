@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from .columns import columns_of
 from .raw import find, read_jsonl
 from .reviews import read_reviews
-from .tables import items_table, snapshot_notes
+from .tables import item_sources, items_table, snapshot_notes
 
 # %% ../nbs/02_yelp.ipynb #cell-006
 def unquoted(value):
@@ -51,7 +52,7 @@ def read_yelp(folder: Path, spec,  # SetSpec
               ) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     "Reader of the Yelp Open Dataset: `yelp_academic_dataset_{review,business}.json[.gz]`, and `photos.json` where it is there."
     quality = {"notes": snapshot_notes(spec.schema)}
-    items = items_table(businesses(folder), "business_id", spec.schema, quality)
+    items = items_table(columns_of(businesses(folder), ["business_id", *item_sources(spec.schema)]), "business_id", spec.schema, quality)
     events = read_reviews(find(folder, "yelp_academic_dataset_review.json"), YELP, items, quality, dates=True)
     if (folder / "yelp_academic_dataset_user.json").exists(): quality["notes"] += ["yelp_academic_dataset_user.json is there and is not used: a user is the history"]
     return items, events, quality

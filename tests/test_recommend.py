@@ -1,0 +1,104 @@
+"""What the recommender says is what the evaluation ranked: on the toy, and on real artefacts where the pipeline has left them."""
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from unirec.metrics import full_ranks
+from unirec.recommend import COUNTING, Recommender
+from unirec.steps import MODELS
+
+
+@pytest.fixture(scope="module", params=["unirec", "unirec_id"])
+def toy(request, toy_project):
+    root, params = toy_project
+    return Recommender.load("toy", request.param, root, params), root
+
+
+def test_ranks_are_those_of_the_evaluation(toy):
+    r, root = toy
+    written = pd.read_parquet(root / "predictions" / "toy" / "ranks.parquet")
+    assert [r.rank(u) for u in r.users] == written[written.model == r.model].sort_values("user").full.tolist()
+
+
+@pytest.mark.parametrize("model", COUNTING)
+def test_opponents_rank_as_in_the_evaluation(model, toy_project):
+    root, params = toy_project
+    r, written = Recommender.load("toy", model, root, params), pd.read_parquet(root / "predictions" / "toy" / "ranks.parquet")
+    assert full_ranks(r.scorer, r.histories, r.targets).tolist() == written[written.model == model].sort_values("user").full.tolist()
+    assert len(r.user(r.users[0], top=3)) == 3 and "attention" not in r.user(r.users[0])
+
+
+def test_the_place_in_the_list_is_the_rank_and_the_history_is_left_out(toy):
+    r, _ = toy
+    places = 0
+    for u, user in enumerate(r.users):
+        table, had = r.user(user, top=len(r.data.items)), set(r.histories.items[r.histories.offsets[u]:r.histories.offsets[u + 1]].tolist())
+        assert len(table) == len(r.data.items) - len(had) and not set(table.item_id) & set(r.data.items.item_id.iloc[sorted(had)])
+        assert table.hit.sum() == (r.targets[u] not in had) and table.score.is_monotonic_decreasing
+        if table.hit.any():
+            assert table.place[table.hit].iloc[0] == r.rank(user)
+            places += 1
+    assert places > 10
+
+
+def test_a_list_of_items_is_a_user(toy):
+    """The same events, given as a list with times and ratings, give the same list (reviews are not asked for)."""
+    r, _ = toy
+    mute = replace(r, histories=replace(r.histories, reviews=np.full(len(r.histories.items), -1)))
+    for u in (0, 7):
+        part = slice(r.histories.offsets[u], r.histories.offsets[u + 1])
+        known = mute.user(r.users[u]).drop(columns="hit")
+        new = r.history(r.data.items.item_id.iloc[r.histories.items[part]].tolist(), times=r.histories.times[part].tolist(), ratings=r.histories.ratings[part].tolist())
+        pd.testing.assert_frame_equal(known, new)
+
+
+def test_a_new_item_ranks_as_if_it_were_in_the_catalogue(toy):
+    """A cold item of the catalogue, given once more as attributes: its score is that of the old one, so it stands beside it."""
+    r, root = toy
+    cold = int(np.flatnonzero(~r.data.catalogue.in_train.numpy())[0])
+    row = r.data.items.iloc[cold]
+    given = {"title": row.title, "brand": list(row.brand)} | ({"price": row.price} if row.price == row.price else {})
+    r.data.catalogue.mask[cold, r.data.catalogue.attr[cold] == r.data.catalogue.attributes.index("picture")] = False      # the given one has none
+    try: fresh = replace(r, scorer=r.net.scorer())
+    finally: r.data.catalogue.mask[cold, r.data.catalogue.attr[cold] == r.data.catalogue.attributes.index("picture")] = isinstance(row.picture, str)
+    table = fresh.new_item(given, top=len(r.users)).set_index("user_id")
+    assert len(table) == len(r.users) and table["rank"].is_monotonic_increasing
+    for u in r.users[:5]:
+        listed = fresh.user(u, top=len(r.data.items)).set_index("item_id")
+        assert abs(listed.score[row.item_id] - table.score[u]) < 0.01
+        assert abs(fresh.new_item(given, user=u)["rank"][0] - table["rank"][u]) <= 1  # the old one's score is equal to rounding, which side it falls on is chance
+
+
+@pytest.mark.parametrize("ask, told", [
+    (lambda r: r.user("nobody"), "user 'nobody' is unknown"), (lambda r: r.history(["x"]), "item 'x' is unknown"), (lambda r: r.history([]), "at least one item id"), (lambda r: r.history("abc"), "a list of at least one item id"),
+    (lambda r: r.history(r.data.items.item_id[:2].tolist(), times=[1]), "1 times for 2 items"), (lambda r: r.history(r.data.items.item_id[:2].tolist(), times=[2, 1]), "not ordered"),
+    (lambda r: r.user(r.users[0], top=0), "top 0"), (lambda r: r.new_item({"weight": 3}), "attribute 'weight' is unknown"), (lambda r: r.new_item({}), "at least one attribute"),
+    (lambda r: r.new_item({"price": "cheap"}), "'price': 'cheap' is no number"), (lambda r: r.new_item({"rating_number": 5}), "computed from events of train")])
+def test_bad_questions_get_one_clear_error(ask, told, toy):
+    with pytest.raises(ValueError, match=told): ask(toy[0])
+
+
+def test_missing_artefacts_name_their_stage(tmp_path, toy_project):
+    root, params = toy_project
+    for folder in ("prepared", "embeddings"): (tmp_path / folder).symlink_to(root / folder)
+    with pytest.raises(FileNotFoundError, match="unirec.safetensors: not there yet; the stage finetune writes it"): Recommender.load("toy", root=tmp_path, params=params)
+    assert Recommender.load("toy", "popularity", tmp_path, params).user(Recommender.load("toy", "popularity", tmp_path, params).users[0]).place.tolist() == list(range(1, 11))
+    with pytest.raises(FileNotFoundError, match="params.yaml: there is no such file"): Recommender.load("toy", root=tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["sample", "movielens"])
+def test_ranks_of_the_real_runs(dataset, root):
+    "Where `make repro` has run: the ranks it wrote, of some users. The artefacts have to be those of params.yaml."
+    made = root / "predictions" / dataset / "ranks.parquet"
+    if not made.is_file() or not (root / "models" / dataset / "finetune").is_dir(): pytest.skip("the pipeline has not run here")
+    if yaml.safe_load((root / "params.yaml").read_text())["model"] != yaml.safe_load((root / "reports" / "runs" / dataset / "run_evaluate.json").read_text())["params"]["model"]: pytest.skip("params.yaml has changed since the pipeline ran")
+    written = pd.read_parquet(made)
+    for model in MODELS:
+        r = Recommender.load(dataset, model, Path(root))
+        chosen = np.random.default_rng(0).choice(len(r.users), 25, replace=False)
+        wanted = written[written.model == model].sort_values("user").full.to_numpy()[chosen]
+        assert [r.rank(r.users[u]) for u in chosen] == wanted.tolist()
