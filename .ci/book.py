@@ -21,14 +21,14 @@ from readme import visible
 # Part -> names of notebooks under nbs/ in the order of reading; a pattern takes what no name before it took, in order of names.
 PARTS = {
     "Start": ["index", "21_your_shop"],
-    "The data": ["00_schema", "00_propose", "00_presets", "01_marketplace", "01_sample", "01_sources", "01_fetch", "01_archives", "01_pictures",
+    "The data": ["00_schema", "00_propose", "00_presets", "01_marketplace", "01_sample", "01_fetch", "01_archives", "01_pictures", "01_sources",
                  "02_raw", "02_tables", "02_reviews", "02_amazon", "02_yelp", "02_datasets", "03_splits", "03_prepare", "0[0-3]_*"],
-    "Encoders": ["04_weights", "04_encoders", "04_numbers", "04_openclip", "04_modalities", "05_vectors", "05_files", "05_store", "0[45]_*"],
+    "Encoders": ["04_weights", "04_encoders", "04_openclip", "04_numbers", "04_modalities", "05_files", "05_vectors", "05_store", "0[45]_*"],
     "The model": ["06_*", "07_*", "08_*", "09_*", "10_llm", "10_*"],
-    "Training": ["11_*", "14_task", "13_training", "13_resume", "13_memory"],
-    "Evaluation": ["12_metrics", "12_significance", "12_breakdowns", "12_*", "13_diagnostics", "15_figures", "15_standing"],
-    "Opponents": ["14_baselines", "14_bpr", "14_sequential", "14_text_llm", "14_released", "14_*", "18_opponents", "18_tuning", "19_comparison", "19_carried"],
-    "The pipeline": ["16_*", "17_*", "20_*", "15_quality", "15_page", "15_report", "15_*", "stages/*"],
+    "Training": ["11_*", "13_memory", "13_resume", "13_training", "14_task"],
+    "Evaluation": ["12_metrics", "12_significance", "12_breakdowns", "12_*", "13_*", "15_figures", "15_standing"],
+    "Opponents": ["14_baselines", "14_bpr", "14_sequential", "14_text_llm", "14_released", "14_*", "18_opponents", "18_tuning", "19_comparison", "19_*"],
+    "The pipeline": ["16_*", "17_*", "2[0-9]_*", "15_quality", "15_page", "15_report", "15_*", "stages/*"],
     "Experiments": ["18_experiments", "18_fingerprint", "18_*", "experiments/*"],
 }
 WORDS = re.compile(r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<tick>`+)(?!`).+?(?P=tick))"
@@ -233,7 +233,7 @@ def prepare(root: Path, folder: Path) -> list[dict]:
         entries = []
         for name in names:
             module = re.search(r"^#\|\s*default_exp\s+(\w+)", "\n".join(c.source for c in nbformat.read(root / "nbs" / f"{name}.ipynb", 4).cells), re.M)
-            note = f'<p class="module">Module <code>unirec.{module[1]}</code>: <a href="../reference/{module[1]}.html">reference</a></p>'.replace("../", "" if "/" not in name else "../") if module else ""
+            note = f"Module `unirec.{module[1]}`: [reference](reference/{module[1]}.md)\n{{: .module }}" if module else ""
             title = page(root / "nbs" / f"{name}.ipynb", name, docs, linked, note)
             modules |= {module[1]: (name, title)} if module else {}
             entries.append({title: f"{name}.md"})
