@@ -69,11 +69,7 @@ def test_bad_input_ends_with_two_and_no_traceback(root, words, told):
     assert done.stderr.splitlines()[-1].startswith("unirec") and "error: " in done.stderr.splitlines()[-1]
 
 
-<<<<<<< /tmp/tmpjjy8w7ql/ours.x
-@pytest.mark.parametrize("words", [["--help"], ["schema", "--help"], ["schema", "propose", "--help"], ["schema", "preset", "--help"], ["prepare", "--help"], ["recommend", "--help"]])
-=======
-@pytest.mark.parametrize("words", [["--help"], ["schema", "--help"], ["schema", "propose", "--help"], ["schema", "preset", "--help"], ["prepare", "--help"], ["doctor", "--help"]])
->>>>>>> /tmp/tmpjjy8w7ql/theirs.x
+@pytest.mark.parametrize("words", [["--help"], ["schema", "--help"], ["schema", "propose", "--help"], ["schema", "preset", "--help"], ["prepare", "--help"], ["recommend", "--help"], ["doctor", "--help"]])
 def test_help_says_what_every_option_is(words, capsys):
     with pytest.raises(SystemExit) as ended: cli.main(words)
     assert ended.value.code == 0 and "usage: unirec" in capsys.readouterr().out
