@@ -3,6 +3,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -612,6 +613,45 @@ p.prepare(Path({str(folder / "raw")!r}), t.spec("table", t.COUNTED, k_core_users
     prepare(folder / "raw", block, folder / "out", 3)
     assert tables_of(folder / "out") == tables_of(folder / "wanted")
     assert sorted(p.name for p in folder.iterdir()) == ["out", "raw", "wanted"]
+
+
+LIMITED = """
+import resource, sys
+sys.path[:0] = sys.argv[1:3]
+import test_readers as t, unirec.prepare as p
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[5]),) * 2)
+p.prepare(Path(sys.argv[3]), t.spec("table", t.COUNTED, k_core_users=3), Path(sys.argv[4]), 3)
+"""
+
+
+@pytest.mark.parametrize("limit", [500, 3000])
+@pytest.mark.parametrize("before", [False, True], ids=["nothing was there", "an older run was there"])
+def test_a_disk_that_takes_no_more_leaves_the_tables_as_they_were(shop, limit, before):
+    "The system refuses to let a file grow beyond the limit, as a quota does."
+    folder, block = shop
+    if before: prepare(folder / "raw", block, folder / "out", 2)
+    old = tables_of(folder / "out") if before else None
+    places = [Path(preparing.__file__).parent.parent, Path(__file__).parent, folder / "raw", folder / "out", limit]
+    run = subprocess.run([sys.executable, "-c", LIMITED, *map(str, places)], capture_output=True, text=True)
+    assert run.returncode == 1 and "raise the limit on file sizes" in run.stderr and "no table was written or replaced" in run.stderr
+    assert (tables_of(folder / "out") == old) if before else not (folder / "out").exists()
+    assert sorted(p.name for p in folder.iterdir()) == ["out", "raw"] if before else ["raw"]
+
+
+def test_a_folder_that_is_read_only_is_named(shop):
+    "Root may write anywhere: for this test it is nobody."
+    prepare(shop[0] / "raw", shop[1], shop[0] / "out", 3)
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(shop[0] / "raw", Path(place) / "raw")
+        for path, mode in ((Path(place) / "raw", 0o755), (Path(place), 0o555)): path.chmod(mode)
+        if root := os.geteuid() == 0: os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError, match="choose another folder or change its permissions.*no table was written") as e: prepare(Path(place) / "raw", shop[1], Path(place) / "out", 3)
+        finally:
+            if root: os.seteuid(0)
+            Path(place).chmod(0o755)
+        assert str(Path(place) / "out") in str(e.value) and os.listdir(place) == ["raw"]
 
 
 # leaks, planted
