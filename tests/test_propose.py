@@ -1,4 +1,5 @@
 """Proposed schemas: what is printed is accepted, and what is accepted can be read, on generated tables."""
+import gzip
 import json
 import math
 
@@ -106,6 +107,25 @@ def test_a_shop_goes_through_the_reader_with_what_was_proposed(suffix, tmp_path)
     assert len(items) == 12 and len(events) == 12 and not quality["invalid"]
     assert items.tags[0] == ["a", "b"] and items.price[11] == 900 and items.photo[3] == "images/p3.png" and items.brand[2] == []
     assert "ean: looks like an id" in (tmp_path / "schema.yaml").read_text()
+
+
+@pytest.mark.parametrize("name, data, told", [
+    ("a.csv", b"item_id,title\na,b,c\n", "a.csv, row 2: more fields than the header has; expected 2"), ("a.csv", b"item_id,title\na,b\nc,\0\n", "a.csv, row 3: a NUL byte"),
+    ("a.csv", "item_id,title\na,S\u00fc\u00df\n".encode("latin-1"), "a.csv: cannot be read as csv .*0xfc"), ("a.csv", "item_id,title\na,b\n".encode("utf-16"), "a.csv: cannot be read as csv .*0xff"),
+    ("a.csv", b"item_id,title\n", "a.csv: no column can be used: the table is empty"), ("a.csv", b"", "a.csv: cannot be read as csv"), ("a.csv", b'item_id,title\na,"b\n', "a.csv: cannot be read as csv .*EOF inside string"),
+    ("a.jsonl", b'{"item_id": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "a.jsonl, row 1: not JSON .*recursion"), ("a.jsonl", b'{"item_id": 1}\n\0\n', "a.jsonl, row 2: not JSON"), ("a.jsonl", b"[1]\n", "a.jsonl, row 1: expected a record"),
+    ("a.jsonl.gz", gzip.compress(b'{"item_id": "a"}\n' * 999)[:-9], "a.jsonl.gz: cannot be read as jsonl"), ("a.jsonl.gz", b'{"item_id": "a"}\n', "a.jsonl.gz: cannot be read as jsonl .*gzip"), ("a.csv.gz", b"no", "a.csv.gz: cannot be read as csv"),
+    ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as parquet"), ("a.txt", b"x", "expected a name that ends in .csv"), ("a.gz", b"x", "expected a name that ends in .csv"), ("a.parquet.gz", b"x", "expected a name that ends in .csv")])
+def test_what_is_wrong_with_a_table_is_one_sentence(name, data, told, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=told): propose_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_packed_tables_are_read(suffix, tmp_path):
+    {"csv": lambda p: SHOP.to_csv(p, index=False), "jsonl": lambda p: SHOP.to_json(p, orient="records", lines=True)}[suffix](plain := tmp_path / f"items.{suffix}")
+    (tmp_path / f"items.{suffix}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    assert propose_file(tmp_path / f"items.{suffix}.gz").splitlines()[1:] == propose_file(plain).splitlines()[1:]
 
 
 def test_only_the_first_rows_are_read(tmp_path):

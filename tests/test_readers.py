@@ -3,9 +3,11 @@ import gzip
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +28,7 @@ from unirec.raw import blocks, clean, from_json, lines, milliseconds
 from unirec.reviews import as_events, fast, review_batches
 from unirec.schema import Attribute, Schema
 from unirec.splits import in_order, k_core, leave_one_out, sample_candidates, train_aggregate
-from unirec.tables import item_sources, items_table
+from unirec.tables import grouped, item_sources, items_table
 
 DAY, NOW = 86_400_000, 1_600_000_000_000  # ms
 FIELDS = {"user_id": "user_id", "item_id": "parent_asin", "rating": "rating", "timestamp": "timestamp", "title": "title", "text": "text"}
@@ -169,6 +171,16 @@ FAULTS = {  # sentence -> format, what is written, an error's words or what is c
     "an atomic file that is empty says so": ("recbole", lambda f: recbole(f, items=""), r"Toy\.item, row 1: the file is empty"),
     "an atomic file in Latin-1 names row and byte": ("recbole", lambda f: recbole(f, inter="ü\ta\t4\t1600000000\n".encode("latin-1")), r"Toy\.inter, row 3: byte 0xfc is not UTF-8"),
     "an atomic file with a NUL byte names its row": ("recbole", lambda f: recbole(f, inter=b"u\ta\t\0\t1600000000\n"), r"Toy\.inter, row 3: a NUL byte"),
+    "a table of JSON lines whose user is a list names row and column": (
+        "table", both(table, lambda f: (f / "interactions.csv").unlink(), lambda f: dump(f / "interactions.jsonl", [{"user_id": ["u"], "item_id": "a", "timestamp": NOW}])),
+        r"interactions\.jsonl, row 1: user_id: \['u'\] is no id"),
+    "a table of JSON lines without a time in one row names the row": (
+        "table", both(table, lambda f: (f / "interactions.csv").unlink(), lambda f: dump(f / "interactions.jsonl", [{"user_id": "u", "item_id": "a", "timestamp": NOW}, {"user_id": "u", "item_id": "a"}])),
+        r"interactions\.jsonl, row 2: timestamp None is not a number"),
+    "a table whose later row has more fields names the line": ("table", lambda f: table(f, inter="u,a,4,1600000000,9\n"), r"interactions\.csv: not a whole csv table .*line 3"),
+    "a table with a row of times that are dates is refused": (
+        "table", both(table, lambda f: (f / "interactions.csv").unlink(), lambda f: pd.DataFrame({"user_id": ["u"], "item_id": ["a"], "timestamp": [pd.Timestamp(2020, 1, 1)]}).to_parquet(f / "interactions.parquet")),
+        r"interactions\.parquet, row 1: timestamp .* is not a number of seconds or milliseconds"),
     "a table without a column of times names it": ("table", lambda f: table(f, head="user_id,item_id,rating,when\n"), r"interactions\.csv, row 1: column timestamp is missing"),
     "a table with a word as time names the row": ("table", lambda f: table(f, inter="u,a,4,noon\n"), r"interactions\.csv, row 3: timestamp 'noon' is not a number"),
     "a table with more fields than its header names the row": ("table", lambda f: table(f, items="item_id,title\na,Pot,1\n"), r"items\.csv, row 2: more fields than the header"),
@@ -215,6 +227,7 @@ FAULTS = {  # sentence -> format, what is written, an error's words or what is c
     "a review that is a number is missing and counted": ("amazon2023", raw_lines(review(text=7)), Counted(invalid={"review": 1}, events=2)),
     "a review that is half a character is missing and counted": ("amazon2023", raw_lines(json.dumps(review(text="\ud83d"))), Counted(invalid={"review": 1}, events=2)),
     # read
+    "a category of digits with leading zeros stays as it was written": ("table", lambda f: table(f, items="item_id,title,brand,price,picture\na,007,0012,5,\nb,1.50,,,\n"), Counted()),
     "a user that is a number is its digits": ("amazon2023", raw_lines(review(user_id=12)), Counted(events=2)),
     "a time that is text is its number": ("amazon2023", raw_lines(review(timestamp=str(NOW))), Counted(events=2)),
     "a time in seconds is read among milliseconds": ("amazon2023", raw_lines(review(timestamp=NOW // 1000)), Counted(events=2)),
@@ -461,6 +474,53 @@ def test_tables_come_back(tmp_path_factory, made, form):
     compare(READERS["table"](folder, spec("table", SIMPLE)), made)
 
 
+# files that are larger than what is kept of them
+
+def write_many(folder, form, rows):
+    "A set of which one item and one event are kept: the other items have no id, the other events an item that nobody lists."
+    items = pd.DataFrame({"item_id": ["a"] + [None] * rows, "title": "A pot that boils", "brand": "Acme", "price": 5.0})
+    events = pd.DataFrame({"user_id": "v", "item_id": ["a"] + ["gone"] * rows, "rating": 4.0, "timestamp": NOW})
+    for name, frame in (("items", items), ("interactions", events)):
+        path = folder / f"{name}.{form}"
+        if form == "csv": frame.to_csv(path, index=False)
+        elif form == "parquet": frame.to_parquet(path, row_group_size=1000)
+        elif form == "jsonl": frame.to_json(path, orient="records", lines=True)
+        else: frame.rename(columns=lambda c: f"{c}:token").to_csv(folder / f"Toy.{'item' if name == 'items' else 'inter'}", sep="\t", index=False)
+
+
+POOLS = []  # what is in a pool may live longer than a test
+
+
+def peak_of(read) -> int:
+    "Bytes that Python and numpy, and Arrow, had at once while a function ran, at most."
+    usual = pa.default_memory_pool()
+    POOLS.append(pool := pa.proxy_memory_pool(usual))
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        read()
+        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+
+
+@pytest.mark.parametrize("form", ["inter", "csv", "jsonl", "parquet"])
+def test_rows_of_a_table_pass_by(form, tmp_path, monkeypatch):
+    "Six times the rows take no more memory where nothing more is kept."
+    monkeypatch.setattr("unirec.streams.ROWS", 1000)
+    monkeypatch.setattr(grouped, "__defaults__", (1000,))
+    for function in (blocks, lines): monkeypatch.setattr(function, "__defaults__", (1 << 14,))
+    peaks, format = [], "recbole" if form == "inter" else "table"
+    for rows in (4_000, 24_000):
+        (folder := tmp_path / str(rows)).mkdir()
+        write_many(folder, form, rows)
+        found = []
+        peaks.append(peak_of(lambda: found.extend(READERS[format](folder, spec(format, SIMPLE)))))
+        assert len(found[0]) == len(found[1]) == 1 and found[2]["dropped"]["item without an id"] == found[2]["dropped"]["event of an unknown item"] == rows
+    assert peaks[1] < 1.3 * peaks[0], f"{peaks[0]:,} bytes became {peaks[1]:,}"
+
+
 # prepare
 
 EVENTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=80)
@@ -553,6 +613,45 @@ p.prepare(Path({str(folder / "raw")!r}), t.spec("table", t.COUNTED, k_core_users
     prepare(folder / "raw", block, folder / "out", 3)
     assert tables_of(folder / "out") == tables_of(folder / "wanted")
     assert sorted(p.name for p in folder.iterdir()) == ["out", "raw", "wanted"]
+
+
+LIMITED = """
+import resource, sys
+sys.path[:0] = sys.argv[1:3]
+import test_readers as t, unirec.prepare as p
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[5]),) * 2)
+p.prepare(Path(sys.argv[3]), t.spec("table", t.COUNTED, k_core_users=3), Path(sys.argv[4]), 3)
+"""
+
+
+@pytest.mark.parametrize("limit", [500, 3000])
+@pytest.mark.parametrize("before", [False, True], ids=["nothing was there", "an older run was there"])
+def test_a_disk_that_takes_no_more_leaves_the_tables_as_they_were(shop, limit, before):
+    "The system refuses to let a file grow beyond the limit, as a quota does."
+    folder, block = shop
+    if before: prepare(folder / "raw", block, folder / "out", 2)
+    old = tables_of(folder / "out") if before else None
+    places = [Path(preparing.__file__).parent.parent, Path(__file__).parent, folder / "raw", folder / "out", limit]
+    run = subprocess.run([sys.executable, "-c", LIMITED, *map(str, places)], capture_output=True, text=True)
+    assert run.returncode == 1 and "raise the limit on file sizes" in run.stderr and "no table was written or replaced" in run.stderr
+    assert (tables_of(folder / "out") == old) if before else not (folder / "out").exists()
+    assert sorted(p.name for p in folder.iterdir()) == ["out", "raw"] if before else ["raw"]
+
+
+def test_a_folder_that_is_read_only_is_named(shop):
+    "Root may write anywhere: for this test it is nobody."
+    prepare(shop[0] / "raw", shop[1], shop[0] / "out", 3)
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(shop[0] / "raw", Path(place) / "raw")
+        for path, mode in ((Path(place) / "raw", 0o755), (Path(place), 0o555)): path.chmod(mode)
+        if root := os.geteuid() == 0: os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError, match="choose another folder or change its permissions.*no table was written") as e: prepare(Path(place) / "raw", shop[1], Path(place) / "out", 3)
+        finally:
+            if root: os.seteuid(0)
+            Path(place).chmod(0o755)
+        assert str(Path(place) / "out") in str(e.value) and os.listdir(place) == ["raw"]
 
 
 # leaks, planted

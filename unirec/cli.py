@@ -30,7 +30,7 @@ def add_schema(commands) -> None:
     "`unirec schema propose` and `unirec schema preset`."
     kinds = commands.add_parser("schema", help="draft a schema, or print one of the paper's", description="Print a schema as YAML, to be edited.").add_subparsers(dest="kind", required=True, metavar="propose|preset")
     one = kinds.add_parser("propose", help="guess the types of a table's columns", description="Guess the type of every column from its values and print a schema as YAML, with the reasons beside it.")
-    one.add_argument("file", type=Path, help="table of items: .csv with a header, .jsonl or .parquet")
+    one.add_argument("file", type=Path, help="table of items: .csv with a header, .jsonl (both may be packed: .gz) or .parquet")
     one.add_argument("--rows", type=int, default=10_000, help="how many rows are looked at, from the top (default: %(default)s)")
     one.set_defaults(run=lambda args: print(propose_file(args.file, args.rows), end=""))
     other = kinds.add_parser("preset", help="the attributes of one of the paper's data sets", description="Print the schema of one of the paper's data sets as YAML, with its source.")

@@ -70,8 +70,8 @@ class FetchError(OSError):
 
 # %% ../nbs/01_fetch.ipynb #cell-013
 @contextmanager
-def own_trouble(path: Path  # what is being written
-                ) -> Iterator[None]:
+def own_trouble(path: Path,  # what is being written
+                kept: str = "what has come is kept") -> Iterator[None]:
     "Say what to do when this machine, not the server, is the cause."
     advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EFBIG: "raise the limit on file sizes"}
     try: yield
@@ -79,7 +79,7 @@ def own_trouble(path: Path  # what is being written
     except OSError as e:
         if e.errno is None: raise
         todo = advice.get(e.errno, "choose another folder or change its permissions")
-        raise OSError(e.errno, f"{e.strerror}: {todo} and run the same command again; what has come is kept", str(path)) from None
+        raise OSError(e.errno, f"{e.strerror}: {todo} and run the same command again; {kept}", str(path)) from None
 
 # %% ../nbs/01_fetch.ipynb #cell-015
 def beside(path: Path, suffix: str) -> Path:

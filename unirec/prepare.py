@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .datasets import READERS, SetSpec
+from .fetch import own_trouble
 from .schema import Schema
 from .splits import in_order, split, split_counts, split_hash, train_aggregate
 
@@ -161,12 +162,13 @@ def check_candidates(chunks: Iterator[np.ndarray], user: np.ndarray, item: np.nd
 def all_or_nothing(out: Path) -> Iterator[Path]:
     "A folder to write into, which becomes `out` when the block ends without an error; `out` as it was is replaced."
     part, old = (out.parent / f".{out.name}.{word}" for word in ("part", "old"))
-    for left in (part, old): shutil.rmtree(left, ignore_errors=True)                          # of a run that was killed
-    part.mkdir(parents=True)
-    try: yield part
-    except BaseException: shutil.rmtree(part, ignore_errors=True); raise
-    if out.exists(): os.rename(out, old)
-    os.rename(part, out)
+    with own_trouble(out, "no table was written or replaced"):
+        for left in (part, old): shutil.rmtree(left, ignore_errors=True)                      # of a run that was killed
+        part.mkdir(parents=True)
+        try: yield part
+        except BaseException: shutil.rmtree(part, ignore_errors=True); raise
+        if out.exists(): os.rename(out, old)
+        os.rename(part, out)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/03_prepare.ipynb #cell-031

@@ -8,9 +8,12 @@ __all__ = ['IMAGE_SUFFIX', 'LIMITS', 'AVERAGE', 'COUNT', 'FUTURE', 'KIND', 'ID',
            'guess_words', 'guess', 'propose', 'as_yaml', 'propose_file']
 
 # %% ../nbs/00_propose.ipynb #cell-003
+import gzip
+import io
 import json
 import math
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -23,39 +26,55 @@ import pyarrow.parquet as pq
 from .schema import LARGEST, one_line, schema_yaml
 
 # %% ../nbs/00_propose.ipynb #cell-006
-def read_records(path: Path,          # items.csv, .jsonl or .parquet
+def read_records(path: Path,          # items.csv, .jsonl (both may be packed: .gz) or .parquet
                  rows: int = 10_000,  # how many rows are looked at, from the top
                  ) -> list[dict]:
     "The first rows of a table as records; raises ValueError that names file and row."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: there is no such file")
+    form = Path(path.name.removesuffix(".gz")).suffix if path.suffix == ".gz" else path.suffix
     try:
-        if path.suffix == ".csv": return pd.read_csv(path, dtype=str, nrows=rows, encoding="utf-8").to_dict("records")
+        if form == ".csv": return _csv_rows(path, rows)
         if path.suffix == ".parquet": return [r for batch in islice(pq.ParquetFile(path).iter_batches(max(rows, 1)), 1) for r in batch.to_pylist()]
-        if path.suffix == ".jsonl": return list(islice(_json_lines(path), rows))
-    except (ValueError, OSError) as error:
+        if form == ".jsonl": return list(islice(_json_lines(path), rows))
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         told = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(told[0] if told[0].startswith(path.name) else f"{path.name}: cannot be read as {path.suffix[1:]} ({told[0]})") from None
-    raise ValueError(f"{path.name}: expected a name that ends in .csv, .jsonl or .parquet")
+        raise ValueError(told[0] if told[0].startswith(path.name) else f"{path.name}: cannot be read as {form[1:]} ({told[0]})") from None
+    raise ValueError(f"{path.name}: expected a name that ends in .csv, .jsonl (both may be packed: .gz) or .parquet")
 
 # %% ../nbs/00_propose.ipynb #cell-007
+def _opened(path: Path):
+    "The bytes of a file, unpacked where its name says so."
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+# %% ../nbs/00_propose.ipynb #cell-008
+def _csv_rows(path: Path, rows: int) -> list[dict]:
+    "The first rows of a csv; raises ValueError for more fields than the header has (pandas makes an index of the first ones) and for a NUL byte."
+    with _opened(path) as f: start = f.read(1 << 20)
+    row = 1 + start[:max(start.find(b"\0"), 0)].count(b"\n")
+    if b"\0" in start and start[:2] not in (b"\xff\xfe", b"\xfe\xff"): raise ValueError(f"{path.name}, row {row}: a NUL byte; expected UTF-8 text, is the file whole?")
+    table = pd.read_csv(path, dtype=str, nrows=rows, encoding="utf-8")
+    if not isinstance(table.index, pd.RangeIndex): raise ValueError(f"{path.name}, row 2: more fields than the header has; expected {table.shape[1]}")
+    return table.to_dict("records")
+
+# %% ../nbs/00_propose.ipynb #cell-009
 def _json_lines(path: Path):
     "The records of a JSON-lines file, one after the other."
-    with open(path, encoding="utf-8") as f:
-        for row, line in enumerate(f, 1):
+    with _opened(path) as f:
+        for row, line in enumerate(io.TextIOWrapper(f, encoding="utf-8"), 1):
             if not line.strip(): continue
             try: record = json.loads(line)
-            except ValueError as error: raise ValueError(f"{path.name}, row {row}: not JSON ({error})") from None
+            except (ValueError, RecursionError) as error: raise ValueError(f"{path.name}, row {row}: not JSON ({error})") from None
             if not isinstance(record, dict): raise ValueError(f"{path.name}, row {row}: expected a record, got {type(record).__name__}")
             yield record
 
-# %% ../nbs/00_propose.ipynb #cell-009
+# %% ../nbs/00_propose.ipynb #cell-011
 def missing(value) -> bool:
     "Is there nothing? None, NaN, an empty text or an empty list."
     if isinstance(value, (list, Mapping)): return not value
     return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
 
-# %% ../nbs/00_propose.ipynb #cell-010
+# %% ../nbs/00_propose.ipynb #cell-012
 def columns(records: list[Mapping]) -> dict[str, list]:  # dotted source -> the values that are there
     "Columns of a table of records, in the order in which they first appear; a picture's record is one value."
     found: dict[str, list] = {}
@@ -68,7 +87,7 @@ def columns(records: list[Mapping]) -> dict[str, list]:  # dotted source -> the 
     for record in records: look(record, "")
     return found
 
-# %% ../nbs/00_propose.ipynb #cell-011
+# %% ../nbs/00_propose.ipynb #cell-013
 IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)(\?.*)?$", re.I)
 
 def _picture(value) -> bool:
@@ -76,7 +95,7 @@ def _picture(value) -> bool:
     if isinstance(value, Mapping): return bool(value.keys() & {"large", "hi_res", "thumb"})
     return isinstance(value, str) and bool(IMAGE_SUFFIX.search(value.strip()))
 
-# %% ../nbs/00_propose.ipynb #cell-014
+# %% ../nbs/00_propose.ipynb #cell-016
 @dataclass(frozen=True)
 class Limits:
     "When a column counts as what."
@@ -92,7 +111,7 @@ class Limits:
 
 LIMITS = Limits()
 
-# %% ../nbs/00_propose.ipynb #cell-015
+# %% ../nbs/00_propose.ipynb #cell-017
 def as_number(value) -> float | None:
     "The number that a value reads as ($ and thousands commas are allowed, beyond LARGEST it is a mistake, as for the readers), None if it is none."
     if isinstance(value, bool) or not isinstance(value, (int, float, str, np.number)): return None
@@ -105,13 +124,13 @@ def skewness(x: np.ndarray) -> float:
     spread = x.std()
     return float((((x - x.mean()) / spread) ** 3).mean()) if spread > 0 else 0.0
 
-# %% ../nbs/00_propose.ipynb #cell-016
+# %% ../nbs/00_propose.ipynb #cell-018
 def heavy(x: np.ndarray, limits: Limits = LIMITS) -> bool:
     "Does a number have a heavy tail that a logarithm makes shorter? Only where it is never negative."
     if len(x) < limits.enough or x.min() < 0: return False
     return skewness(x) > limits.skew and abs(skewness(np.log1p(x))) < skewness(x)
 
-# %% ../nbs/00_propose.ipynb #cell-019
+# %% ../nbs/00_propose.ipynb #cell-021
 AVERAGE = re.compile(r"^((average|avg|mean)_?(rating|stars|score)s?|(rating|stars|score)_?(average|avg|mean)|ratings?|stars)$")
 COUNT = re.compile(r"^((rating|review)s?_?(number|count|total)|(num|n|number|count|total)_?(of_?)?(rating|review)s?|reviews)$")
 FUTURE = re.compile(r"(^|_)(helpful|votes?|likes|views|sold|sales|popularity|bestsellers?|purchases|downloads|rank)(_|$)")
@@ -122,14 +141,14 @@ def snake(source: str) -> str:
     "A source as an attribute's name: letters, digits and underscores."
     return re.sub(r"\W+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", source)).strip("_").lower() or "column"
 
-# %% ../nbs/00_propose.ipynb #cell-021
+# %% ../nbs/00_propose.ipynb #cell-023
 @dataclass(frozen=True)
 class Guess:
     "What a column was taken for."
     spec: dict | None  # type, source, split, scale; None: left out
     note: str          # why
 
-# %% ../nbs/00_propose.ipynb #cell-022
+# %% ../nbs/00_propose.ipynb #cell-024
 def guess_number(source: str, values: list, limits: Limits = LIMITS) -> Guess | None:
     "A column of numbers; None if it is none."
     read = [as_number(v) for v in values]
@@ -147,7 +166,7 @@ def guess_number(source: str, values: list, limits: Limits = LIMITS) -> Guess | 
     if heavy(x, limits): return Guess({"type": "number", "source": source, "scale": "log"}, f"{told} with a heavy tail")
     return Guess({"type": "number", "source": source}, told)
 
-# %% ../nbs/00_propose.ipynb #cell-024
+# %% ../nbs/00_propose.ipynb #cell-026
 SEPARATORS = ("|", ";", " / ", ", ", ",")
 
 def separator(values: list[str], limits: Limits = LIMITS) -> str | None:
@@ -159,7 +178,7 @@ def separator(values: list[str], limits: Limits = LIMITS) -> str | None:
         if len(set(parts)) <= limits.repeats * len(parts) and np.mean([len(p.split()) for p in parts]) <= limits.words: return mark
     return None
 
-# %% ../nbs/00_propose.ipynb #cell-026
+# %% ../nbs/00_propose.ipynb #cell-028
 def guess_words(source: str, values: list, limits: Limits = LIMITS) -> Guess:
     "A column of strings, or of lists of strings: category, text, or left out."
     lists = any(isinstance(v, list) for v in values)
@@ -175,7 +194,7 @@ def guess_words(source: str, values: list, limits: Limits = LIMITS) -> Guess:
     if length <= limits.words and (different <= limits.repeats * len(words) or KIND.search(name) or lists and length <= 2): return Guess({"type": "category", "source": source}, f"{different} different values" + (", several an item" if lists else ""))
     return Guess({"type": "text", "source": source}, f"{length:.0f} words on average")
 
-# %% ../nbs/00_propose.ipynb #cell-027
+# %% ../nbs/00_propose.ipynb #cell-029
 def guess(source: str,     # dotted
           values: list,    # that are there
           limits: Limits = LIMITS) -> Guess:
@@ -196,7 +215,7 @@ def guess(source: str,     # dotted
     if huge > (1 - limits.numbers) * len(flat): return Guess(None, f"{huge} numbers beyond {LARGEST:g}, which no reader takes: mistakes, or ids (write those as text)")
     return (None if any(isinstance(v, list) for v in values) else guess_number(source, values, limits)) or guess_words(source, values, limits)
 
-# %% ../nbs/00_propose.ipynb #cell-030
+# %% ../nbs/00_propose.ipynb #cell-032
 KEYS = ("item_id", "parent_asin", "asin", "business_id", "id")  # what readers use as the item's id
 
 def propose(records: list[Mapping],      # of `read_records`
@@ -219,7 +238,7 @@ def propose(records: list[Mapping],      # of `read_records`
     if key != "item_id": left["item_id"] = f"WARNING: there is no such column, and the format `table` needs it{f'; rename {key}' if key else ''}"
     return kept, left, len(records)
 
-# %% ../nbs/00_propose.ipynb #cell-031
+# %% ../nbs/00_propose.ipynb #cell-033
 def as_yaml(kept: Mapping[str, Guess], left: Mapping[str, str], rows: int, name: str = "items") -> str:
     "The proposal as YAML with comments."
     head = [f"# Proposed from {rows} rows of {one_line(name)}. Read it, edit it: what a column means is not in its values.",
@@ -228,7 +247,7 @@ def as_yaml(kept: Mapping[str, Guess], left: Mapping[str, str], rows: int, name:
     body = schema_yaml({n: g.spec for n, g in kept.items()}, {n: g.note for n, g in kept.items()})
     return "\n".join(head) + "\n" + body + "".join(f"{line}\n" for line in tail)
 
-# %% ../nbs/00_propose.ipynb #cell-036
+# %% ../nbs/00_propose.ipynb #cell-038
 def propose_file(path: Path, rows: int = 10_000) -> str:  # YAML
     "The proposal for a file, as `unirec schema propose` prints it."
     records = read_records(path, rows)
