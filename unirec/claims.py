@@ -185,8 +185,8 @@ def pairs(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol, cla
     q, out = found.question, []
     for protocol in q.protocols:
         for dataset in q.datasets:
-            some, there = q.sets.get(dataset, {}).get("variants"), reciprocal(found, dataset, protocol)
-            own = [(c, told, rival) for c, told in q.claims.items() if dataset in told.get("where", q.datasets) for rival in told["over"] if not some or {told["ours"], rival} <= set(some)]
+            names, there = {n for _, _, d, n in planned(q) if d == dataset}, reciprocal(found, dataset, protocol)
+            own = [(c, told, rival) for c, told in q.claims.items() if dataset in told.get("where", q.datasets) for rival in told["over"] if {told["ours"], rival} <= names]
             rows = [{"dataset": dataset, "protocol": protocol, "claim": c, "ours": told["ours"], "rival": rival} | one_pair(there.get(told["ours"]), there.get(rival), q.smallest, len(own)) for c, told, rival in own]
             corrected = holm(pd.Series([r["p"] for r in rows], dtype=float)) if rows else []
             for r, p in zip(rows, corrected):
@@ -203,15 +203,16 @@ def one_pair(ours: np.ndarray | None, rival: np.ndarray | None,  # (seeds, users
             "detectable": detectable(d["se"], d["df"]), "highest": wide["high"], "least": smallest * rival.mean(), "word": ""}
 
 # %% ../nbs/18_claims.ipynb #cell-023
-def judge(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol and claim: verdict, and the rival that is nearest
+def judge(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol and claim: verdict, and the rival that it rests on: the nearest, or one that refutes
     "The verdicts."
     q, out = found.question, []
     table = pairs(found)
     for (dataset, protocol, claim), part in table.groupby(["dataset", "protocol", "claim"], sort=False) if len(table) else ():
         run, wanted = (sum((d, p) == (dataset, protocol) for p, _, d, _ in places) for places in (found.rows[["protocol", "seed", "dataset", "variant"]].itertuples(index=False, name=None), planned(q)))
         tried = part.dropna(subset=["p"])
-        nearest = tried.loc[tried.difference.idxmin()] if len(tried) else part.iloc[0]
-        out.append({"question": q.name, "dataset": dataset, "protocol": protocol, "claim": claim, "verdict": claim_word(part.word.tolist()), "rival": nearest.rival, "null": bool(q.sets.get(dataset, {}).get("null_world")), "budget": q.budget,
+        refuting = tried[tried.word.isin(("worse", "too small"))]                     # the verdict rests on these, where there are any
+        nearest = (refuting if len(refuting) else tried).pipe(lambda t: t.loc[t.difference.idxmin()]) if len(tried) else part.iloc[0]
+        out.append({"question": q.name, "dataset": dataset, "protocol": protocol, "claim": claim, "verdict": claim_word(part.word.tolist()), "rival": nearest.rival, "word": nearest.word, "null": bool(q.sets.get(dataset, {}).get("null_world")), "budget": q.budget,
                     **{k: nearest.get(k, np.nan) for k in ("mrr", "rival_mrr", "difference", "low", "high", "holm", "detectable", "seeds", "rival_seeds")}, "recorded": run, "planned": wanted})
     return pd.DataFrame(out)
 
