@@ -46,8 +46,11 @@ compare:  ## every model, five seeds, every data set: what has not run yet (a da
 carry:  ## keep runs of the comparison whose code changed and whose ranks did not: one seed of each is run again
 	@$(SETUP); python -m unirec.carried $(ARGS)
 
-experiments:  ## run what the files in experiments/ have not run yet (hours; resumes)
-	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); for file in experiments/*.yaml; do python -m unirec.experiments $$file; done
+experiments:  ## run what the questions in experiments/ have not run yet (days; resumes), and judge them; ARGS=ask@fusion for one
+	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); cd experiments; \
+	if [ -e ../.git ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; \
+	else dvc config --local core.no_scm true; fi; \
+	dvc repro $(ARGS)
 
 benchmarks:  ## measure speed side by side (half an hour, on a quiet machine)
 	@$(SETUP); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done

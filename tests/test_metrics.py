@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import evaluation, side_by_side
-from unirec import diagnostics, experiments, significance, steps, task
+from unirec import diagnostics, significance, steps, task
 from unirec.breakdowns import by_group, diversity, gini, list_figures, retrieval, target_groups, top_lists
 from unirec.datasets import SetSpec
 from unirec.metrics import candidate_ranks, expected_ranks, full_ranks, last_ranks, random_mrr, ranks, shuffled_ranks, summarise
@@ -183,7 +183,7 @@ def test_paired_gives_what_it_gave(users):
     draws = 2000 if users < 5000 else 1000                                       # the largest is drawn in parts
     new, old = paired(ours, theirs, draws), former_paired(ours, theirs, draws)
     assert {k: new[k] for k in ("difference", "low", "high", "p")} == {k: old[k] for k in ("difference", "low", "high", "p")} and new["detectable"] == pytest.approx(old["detectable"], rel=1e-12)
-    assert experiments.paired is paired and diagnostics.paired_error is significance.paired_error
+    assert diagnostics.paired_error is significance.paired_error
 
 
 def null(rng: np.random.Generator, seeds: int, users: int, seed_sd: float) -> tuple[np.ndarray, np.ndarray]:
