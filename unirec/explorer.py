@@ -135,7 +135,7 @@ def policy(
 
 # %% ../nbs/15_explorer.ipynb #cell-024
 EXPLORER = """<section class="card" id="explorer" aria-labelledby="explorer-name"><h2 id="explorer-name">Explore</h2>
-<p>Some test users of every data set: what they had, what a model puts on top, where the item stands that they chose next, and why. They were drawn at random before anybody looked at them, with a few of every kind of target.</p>
+<p>Some test users of every data set: what they had, what a model puts on top, where the item stands that they chose next, and why. They are drawn by the run's seed, with a few of every kind of target.</p>
 <p class="notice" id="explorer-silent">The lists of test users need JavaScript, which this page carries and this browser does not run; the tables and figures below need none.</p>
 <form id="explorer-form" hidden><div class="controls">
 {% for id, label in (("set", "Data set"), ("model", "Model"), ("other", "Beside it"), ("target", "Chosen next was"), ("user", "User"), ("items", "Show in the lists")) %}<div><label for="pick-{{ id }}">{{ label }}</label><select id="pick-{{ id }}" autocomplete="off"></select></div>
@@ -146,7 +146,7 @@ EXPLORER = """<section class="card" id="explorer" aria-labelledby="explorer-name
 
 # %% ../nbs/15_explorer.ipynb #cell-025
 EXPLORER_STYLE = """
-.controls{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px 14px;margin:14px 0 10px}@media(max-width:700px){.controls{grid-template-columns:repeat(2,minmax(0,1fr))}}.controls label{display:block;font-size:.85rem;color:var(--soft)}
+.controls{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px 14px;margin:14px 0 10px}@media(max-width:700px){.controls{grid-template-columns:repeat(2,minmax(0,1fr))}.controls div:nth-child(5){grid-column:1/-1}}.controls label{display:block;font-size:.85rem;color:var(--soft)}
 select,button{font:inherit;font-size:.95rem;color:var(--ink);background:var(--card);border:1px solid var(--soft);border-radius:8px;padding:7px 10px;min-height:40px}.controls select{display:block;width:100%;margin-top:3px}button{cursor:pointer}button:disabled{opacity:.55;cursor:default}
 select:focus-visible,button:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
 .items .pic{flex-basis:56px;width:56px;height:56px}.items li{flex-wrap:wrap;border-bottom:1px solid var(--line)}.why{flex:1 1 100%;border:0;margin:0}.why summary{padding:0 0 0 34px;font-size:.85rem;color:var(--accent)}.why>div{padding:2px 0 8px 34px}
