@@ -23,7 +23,7 @@ from PIL import Image
 from .baselines import itemknn, markov, mean_vectors, popularity
 from .breakdowns import Watched, by_group, list_figures, modality_retrieval, target_groups
 from .datasets import SetSpec, download
-from .encoders import keep_memory
+from .encoders import keep_memory, pick_device
 from .hierarchy import EncoderConfig, Events, last_batches
 from .metrics import expected_ranks, history_mask, ranks, summarise
 from .modalities import encoders_of
@@ -135,12 +135,12 @@ def llm_share(model: UniRec, h: Histories, targets: np.ndarray) -> dict:
     tokens, events, found = model.eval().items(model.catalogue), Events.of(h), []
     vectors, alone = model.items.embed(tokens), model.llm is not None and model.gate is None          # alone: query: llm, nothing else is in the query
     for users in np.array_split(np.arange(len(h)), -(-len(h) // 64)):                                 # both queries from one pass of the LLM
-        batch, hidden = last_batches(h, events, model.config.history, users, len(users))[0], history_mask(h, users)
+        batch, hidden = {k: v.to(tokens.device) for k, v in last_batches(h, events, model.config.history, users, len(users))[0].items()}, history_mask(h, users)
         pooled, spoken = model.parts(tokens, batch, vectors=vectors)
         spoken = torch.zeros_like(pooled) if spoken is None else spoken
         rank = lambda query: expected_ranks(model.scores(F.normalize(query, dim=-1), vectors, batch)[:, 0], targets[users], hidden)
         share = spoken.norm(dim=-1) / (pooled.norm(dim=-1) + spoken.norm(dim=-1))
-        found.append((rank(spoken if alone else pooled + spoken), rank(pooled), share[:, 0].numpy()))
+        found.append((rank(spoken if alone else pooled + spoken), rank(pooled), share[:, 0].cpu().numpy()))
     whole, without, share = (np.concatenate(x) for x in zip(*found))
     return {"mrr": summarise(whole)["mrr"], "mrr_without_llm": summarise(without)["mrr"], "norm_share": 1.0 if alone else float(share.mean()), "gate": None if alone else float(model.gate or 0)}
 
@@ -162,7 +162,7 @@ def behind(data: Data, h: Histories, targets: np.ndarray, per_user: Mapping[str,
 def evaluate(data: Data, prepared: Path, models: Path, raw: Path, params: Mapping, results: Path, predictions: Path) -> pd.DataFrame:
     "Rank the test targets with every model and write all results; returns the comparison in long form."
     h, targets, candidates, users = load_test(prepared, data)
-    nets = {name: UniRec(data.catalogue, EncoderConfig(**params["model"], use_id=use_id), LLMConfig(**params["llm"])).restore(models / "finetune" / f"{name}.safetensors")
+    nets = {name: UniRec(data.catalogue, EncoderConfig(**params["model"], use_id=use_id), LLMConfig(**params["llm"])).restore(models / "finetune" / f"{name}.safetensors").to(pick_device())
             for name, use_id in MODELS.items()}
     baselines, sasrec_log = baseline_scorers(data, params)
     scorers = {name: net.scorer() for name, net in nets.items()} | baselines
@@ -217,7 +217,7 @@ def examples(data: Data, raw: Path, h: Histories, targets: np.ndarray, users: li
     shown = describe(data, picture_bytes(names, raw)[0] if names else {})
     hidden = torch.as_tensor(history_mask(h, chosen))
     hidden[torch.arange(len(chosen)), torch.as_tensor(targets[chosen])] = False      # the target always competes
-    tops = {m: torch.as_tensor(np.asarray(s(h, chosen))).float().masked_fill(hidden, -torch.inf).topk(min(10, h.n_items)) for m, s in scorers.items()}
+    tops = {m: torch.as_tensor(s(h, chosen)).float().cpu().masked_fill(hidden, -torch.inf).topk(min(10, h.n_items)) for m, s in scorers.items()}
     ranked = lambda m, k, u: [shown(i) | {"score": round(float(v), 4), "hit": i == int(targets[u])} for v, i in zip(tops[m].values[k].tolist(), tops[m].indices[k].tolist())]
     return {"dataset": data.spec.name, "synthetic": data.spec.synthetic, "redistributable": data.spec.redistributable, "users": [
         {"user": users[u], "history": [shown(i) for i in h.items[h.offsets[u]:h.offsets[u + 1]][-20:].tolist()], "target": shown(int(targets[u])),
