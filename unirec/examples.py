@@ -64,7 +64,7 @@ def top_ten(score: Callable, h: Histories, users: np.ndarray, targets: np.ndarra
     "The top of each user's list as the evaluation ranks it: without the history, but with the target."
     hidden = torch.as_tensor(history_mask(h, users))
     hidden[torch.arange(len(users)), torch.as_tensor(targets[users])] = False
-    found = torch.as_tensor(np.asarray(score(h, users))).float().masked_fill(hidden, -torch.inf).topk(min(10, h.n_items))
+    found = torch.as_tensor(score(h, users)).float().cpu().masked_fill(hidden, -torch.inf).topk(min(10, h.n_items))
     return found.indices.numpy(), found.values.numpy()
 
 # %% ../nbs/15_examples.ipynb #cell-014

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'towers', 'embed', 'Data', 'one_each', 'load', 'load_test', 'pretrain', 'finetune', 'baseline_scorers',
-           'llm_share', 'behind', 'evaluate', 'curves', 'describe', 'examples', 'toy_params', 'toy']
+           'llm_share', 'behind', 'evaluate', 'curves', 'toy_params', 'toy']
 
 # %% ../nbs/16_steps.ipynb #cell-003
 import json
@@ -17,27 +17,23 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from unirec.baselines import itemknn, markov, mean_vectors, popularity
-from unirec.breakdowns import Watched, by_group, list_figures, modality_retrieval, target_groups
-from unirec.datasets import SetSpec, download
-<<<<<<< /tmp/tmppy_xuvr9/ours.x
-from unirec.encoders import keep_memory
-from unirec.examples import examples
-=======
-from unirec.encoders import keep_memory, pick_device
->>>>>>> /tmp/tmppy_xuvr9/theirs.x
-from unirec.hierarchy import EncoderConfig, Events, last_batches
-from unirec.metrics import expected_ranks, history_mask, ranks, summarise
-from unirec.modalities import encoders_of
-from unirec.prepare import prepare
-from unirec.recommender import LLMConfig, UniRec
-from unirec.schema import Schema
-from unirec.sequential import SASRecConfig, sasrec
-from unirec.splits import Histories
-from unirec.store import Catalogue, build_store, load_catalogue
-from unirec.task import MODES, LossConfig, item_vectors, train
-from unirec.training import FitConfig
-from unirec.vectors import process_group
+from .baselines import itemknn, markov, mean_vectors, popularity
+from .breakdowns import Watched, by_group, list_figures, modality_retrieval, target_groups
+from .datasets import SetSpec, download
+from .encoders import keep_memory, pick_device
+from .examples import examples
+from .hierarchy import EncoderConfig, Events, last_batches
+from .metrics import expected_ranks, history_mask, ranks, summarise
+from .modalities import encoders_of
+from .prepare import prepare
+from .recommender import LLMConfig, UniRec
+from .schema import Schema
+from .sequential import SASRecConfig, sasrec
+from .splits import Histories
+from .store import Catalogue, build_store, load_catalogue
+from .task import MODES, LossConfig, item_vectors, train
+from .training import FitConfig
+from .vectors import process_group
 
 # %% ../nbs/16_steps.ipynb #cell-006
 def towers(encode: Mapping,   # params.yaml's `encode`
@@ -196,36 +192,6 @@ def curves(models: Path, sasrec_log: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "stage", "epoch", "loss", "mrr", "seconds"])
 
 # %% ../nbs/16_steps.ipynb #cell-026
-def describe(data: Data, pictures: Mapping[str, bytes]) -> Callable[[int], dict]:
-    "A function from an item index to what a page shows of it."
-    text, category, image = data.spec.schema.of("text"), data.spec.schema.of("category"), data.spec.schema.of("image")
-    def shown(i: int) -> dict:
-        row = data.items.iloc[i]
-        data_uri = None
-        if image and row[image[0].name] in pictures:
-            buffer = io.BytesIO()
-            Image.open(io.BytesIO(pictures[row[image[0].name]])).convert("RGB").resize((72, 72)).save(buffer, "PNG")
-            data_uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        return {"item_id": row.item_id, "title": (row[text[0].name] if text else None) or f"item {row.item_id}",
-                "detail": ", ".join(str(v) for a in category for v in (row[a.name] if row[a.name] is not None else [])), "picture": data_uri}
-    return shown
-
-# %% ../nbs/16_steps.ipynb #cell-027
-def examples(data: Data, raw: Path, h: Histories, targets: np.ndarray, users: list[str], scorers: Mapping[str, Callable], per_user: Mapping, count: int, seed: int) -> dict:
-    "Histories and top tens of some users, drawn by seed."
-    chosen = np.sort(np.random.default_rng(seed).choice(len(h), min(count, len(h)), replace=False))
-    may = data.spec.redistributable and bool(data.spec.schema.of("image"))
-    names = data.items[data.spec.schema.of("image")[0].name].dropna().tolist() if may else []
-    shown = describe(data, picture_bytes(names, raw)[0] if names else {})
-    hidden = torch.as_tensor(history_mask(h, chosen))
-    hidden[torch.arange(len(chosen)), torch.as_tensor(targets[chosen])] = False      # the target always competes
-    tops = {m: torch.as_tensor(s(h, chosen)).float().cpu().masked_fill(hidden, -torch.inf).topk(min(10, h.n_items)) for m, s in scorers.items()}
-    ranked = lambda m, k, u: [shown(i) | {"score": round(float(v), 4), "hit": i == int(targets[u])} for v, i in zip(tops[m].values[k].tolist(), tops[m].indices[k].tolist())]
-    return {"dataset": data.spec.name, "synthetic": data.spec.synthetic, "redistributable": data.spec.redistributable, "users": [
-        {"user": users[u], "history": [shown(i) for i in h.items[h.offsets[u]:h.offsets[u + 1]][-20:].tolist()], "target": shown(int(targets[u])),
-         "models": {m: ranked(m, k, u) for m in scorers}, "rank": {m: float(per_user[m]["full"][u]) for m in scorers}} for k, u in enumerate(chosen.tolist())]}
-
-# %% ../nbs/16_steps.ipynb #cell-029
 def toy_params() -> dict:
     "Parameters of a toy run: 40 products, 60 customers, one epoch, two LLM layers. Its figures mean nothing."
     schema = {"title": {"type": "text"}, "brand": {"type": "category", "source": "details.Brand"}, "price": {"type": "number", "scale": "log"},
@@ -243,7 +209,7 @@ def toy_params() -> dict:
             "baselines": {"sasrec": {"model": {"width": 16, "length": 10, "steps": 4}, "fit": {"epochs": 2, "lr": 3e-3, "patience": 2}}, "markov": {}, "itemknn": {}, "mean_vectors": {}},
             "evaluate": {"negatives": 20, "examples": 3}}
 
-# %% ../nbs/16_steps.ipynb #cell-030
+# %% ../nbs/16_steps.ipynb #cell-027
 def toy(root: Path, upto: str = "evaluate", dataset: str = "toy") -> dict:
     "Run the steps on the toy in a folder, up to and including one of them; returns the parameters."
     params = toy_params()
