@@ -37,7 +37,7 @@ def nearest_events(vectors: Tensor,          # (N, D) of all items, any length
     "The items of the history that are nearest to each recommended item; an item that was had twice stands once, and never for itself."
     had = list(dict.fromkeys(np.asarray(history).tolist()[::-1]))                     # of equals the most recent is first
     own = vectors[torch.as_tensor(np.asarray(items, np.int64))] if new is None else new
-    cosines = F.normalize(own.float(), dim=-1) @ F.normalize(vectors[had].float(), dim=-1).T
+    cosines = (F.normalize(own.float(), dim=-1) @ F.normalize(vectors[had].float(), dim=-1).T).cpu()
     order = cosines.argsort(dim=1, descending=True, stable=True).tolist()
     keep = [[j for j in row if new is not None or had[j] != int(i)][:most] for i, row in zip(items, order)]
     return [[(had[j], float(cosines[k, j])) for j in row] for k, row in enumerate(keep)]
