@@ -127,7 +127,8 @@ def as_text(table, width: int = 44  # characters of a cell at most
         return value if len(value) <= width else value[:width - 1].rstrip() + "…"
     shown = table.assign(**{c: table[c].map({True: "*", False: ""}) for c in table if c == "hit"})
     words = [c for c in shown if shown[c].dtype.kind not in "if"]
-    return shown.assign(**{c: shown[c].map(short) for c in words}).to_string(index=False, justify="left", formatters={c: f"{{:<{max(len(c), *(len(short(v)) for v in shown[c]))}}}".format for c in words})
+    shown = shown.assign(**{c: shown[c].map(short) for c in words})
+    return shown.to_string(index=False, justify="left", formatters={c: f"{{:<{max(len(c), *shown[c].map(len))}}}".format for c in words})
 
 # %% ../nbs/20_cli.ipynb #cell-016
 def run_recommend(args: argparse.Namespace) -> None:
@@ -141,7 +142,8 @@ def run_recommend(args: argparse.Namespace) -> None:
         r = Recommender.load(args.dataset, args.model, args.root)
         if new:
             vector, read = r.encode_item(new)
-            print(f"The new item read as: {', '.join(f'{k} {x:.0%}' for k, x in read.items()) or 'no attention in this fusion'}\n\nLike it in the catalogue:\n{as_text(r.similar(vector, min(args.top, 5)))}\n\nFor whom it comes up first:")
+            print(f"The new item read as: {', '.join(f'{k} {x:.0%}' for k, x in read.items()) or 'no attention in this fusion'}")
+            print(f"\nLike it in the catalogue:\n{as_text(r.similar(vector, min(args.top, 5)))}\n\nFor whom it comes up first:")
             print(as_text(r.new_item(new, args.top, args.user, args.history)))
         elif args.history: print(as_text(r.history(args.history, args.top)))
         else: print(f"{as_text(r.user(args.user, args.top))}\n\n* is what the user chose next; its rank is {r.rank(args.user):g}.")

@@ -78,7 +78,8 @@ def examples(data, raw: Path, h: Histories, targets: np.ndarray, users: list[str
     who = chosen_users(item_kinds(data.train)[targets], count, seed)
     ids, frozen = data.items.item_id.astype(str).tolist(), torch.as_tensor(item_vectors(data.catalogue))
     past = {u: h.items[h.offsets[u]:h.offsets[u + 1]] for u in who.tolist()}
-    rows = {u: {"user": str(users[u]), "history": [ids[i] for i in past[u][-events:]], "events": len(past[u]), "target": ids[targets[u]], "rank": {m: float(per_user[m]["full"][u]) for m in scorers}, "top": {}} for u in past}
+    rows = {u: {"user": str(users[u]), "history": [ids[i] for i in past[u][-events:]], "events": len(past[u]), "target": ids[targets[u]],
+                "rank": {m: float(per_user[m]["full"][u]) for m in scorers}, "top": {}} for u in past}
     models, shown = {}, {int(i) for u in past for i in [*past[u][-events:], targets[u]]}
     for m, score in scorers.items():
         items, values = top_ten(score, h, who, targets)
@@ -90,4 +91,5 @@ def examples(data, raw: Path, h: Histories, targets: np.ndarray, users: list[str
         shares = attention_shares(score.model, read) if read else []
         models[m] = {"nearest": "the model's own embeddings" if own else "the frozen vectors", "attention": {ids[i]: {k: round(x, 3) for k, x in s.items()} for i, s in zip(read, shares)}}
         shown |= set(np.unique(items).tolist())
-    return {"dataset": data.spec.name, "synthetic": data.spec.synthetic, "redistributable": data.spec.redistributable, "items": item_cards(data, raw, shown), "models": models, "users": list(rows.values())}
+    about = {"dataset": data.spec.name, "synthetic": data.spec.synthetic, "redistributable": data.spec.redistributable}
+    return about | {"items": item_cards(data, raw, shown), "models": models, "users": list(rows.values())}

@@ -31,7 +31,8 @@ def shown_card(
     "What the page shows of an item"
     value = card.get("picture") if pictures else None
     fine = isinstance(value, str) and PICTURE.fullmatch(value) is not None
-    return {"title": str(card.get("title") or "no title"), "detail": str(card.get("detail") or ""), "kind": str(card.get("kind") or ""), "picture": value if fine else None, "refused": int(bool(value) and not fine)}
+    words = {"title": str(card.get("title") or "no title"), "detail": str(card.get("detail") or ""), "kind": str(card.get("kind") or "")}
+    return words | {"picture": value if fine else None, "refused": int(bool(value) and not fine)}
 
 # %% ../nbs/15_explorer.ipynb #cell-009
 def shown_place(
@@ -86,7 +87,8 @@ def curves_chart(
     names = list(rows["model"].unique())
     strong = alt.condition(f"indexof({json.dumps(names)}, picked) < 0 || datum.model == picked", alt.value(1), alt.value(0.35))     # a model that is not in the chart dims nothing
     chart = alt.Chart(rows, width="container", height=190).mark_line(point={"size": 45}, strokeWidth=2.5).encode(
-        x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(format="d", values=epochs[::-(-len(epochs) // 10) or 1])), y=alt.Y(f"{value}:Q", title=title, scale=alt.Scale(zero=False)), color=paint(names), opacity=strong,
+        x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(format="d", values=epochs[::-(-len(epochs) // 10) or 1])), 
+        y=alt.Y(f"{value}:Q", title=title, scale=alt.Scale(zero=False)), color=paint(names), opacity=strong,
         tooltip=["model", "epoch", alt.Tooltip(f"{value}:Q", format=".4f")])
     return chart.add_params(picked).to_dict()
 
@@ -101,7 +103,8 @@ def comparison_chart(
     picked = alt.param(name="picked", value="")
     order = rows.sort_values("value", ascending=False)["model"].tolist()
     shade = alt.condition("datum.ours", alt.value("#0b8a83"), alt.value(OTHERS))
-    base = alt.Chart(rows, width="container", height=26 * len(rows)).encode(y=alt.Y("model:N", sort=order, title=None), color=shade, tooltip=["model", alt.Tooltip("value:Q", format="+.4f" if zero else ".4f", title=title), alt.Tooltip("low:Q", format="+.4f" if zero else ".4f"), alt.Tooltip("high:Q", format="+.4f" if zero else ".4f"), "told"])
+    told = ["model", *(alt.Tooltip(f"{name}:Q", format="+.4f" if zero else ".4f") for name in ("value", "low", "high")), "told"]
+    base = alt.Chart(rows, width="container", height=26 * len(rows)).encode(y=alt.Y("model:N", sort=order, title=None), color=shade, tooltip=told)
     bars = base.mark_rule(strokeWidth=2.5).encode(x=alt.X("low:Q", title=title, scale=alt.Scale(zero=False)), x2="high:Q").transform_filter("isValid(datum.low)")
     dots = base.mark_point(filled=True, opacity=1).encode(x=alt.X("value:Q", title=title), size=alt.condition("datum.model == picked", alt.value(190), alt.value(70)))
     layers = [bars, dots.add_params(picked)]

@@ -92,4 +92,5 @@ def standardise(tables: Mapping[str, np.ndarray], store: Path) -> dict[str, Tens
 def one_item(c: Catalogue, tables: dict[str, Tensor], laid: dict[str, Tensor]) -> Catalogue:
     "The item's triplets beside the catalogue's names and types; its id is masked, as every cold item's is."
     more = lambda x, last: torch.cat([x, torch.tensor([[last]], dtype=x.dtype)], 1)
-    return Catalogue(tables, more(laid["attr"], c.id_attr), more(laid["value"], sum(map(len, tables.values()))), more(laid["mask"], False), c.names, c.types, c.encoder, torch.zeros(1, dtype=torch.bool), c.reviews, c.attributes)
+    slot = more(laid["attr"], c.id_attr), more(laid["value"], sum(map(len, tables.values()))), more(laid["mask"], False)
+    return Catalogue(tables, *slot, c.names, c.types, c.encoder, torch.zeros(1, dtype=torch.bool), c.reviews, c.attributes)

@@ -107,7 +107,8 @@ class Trained:
         at = self.items_at(items)
         for name, given in (("times", times), ("ratings", ratings)):
             if given is not None and len(given) != len(at): raise ValueError(f"{len(given)} {name} for {len(at)} items: one each is expected")
-        frame = pd.DataFrame({"user": 0, "item": at, "timestamp": usual_times(self.data.train, len(at)) if times is None else np.asarray(times, np.int64), "rating": np.nan if ratings is None else ratings})
+        when = usual_times(self.data.train, len(at)) if times is None else np.asarray(times, np.int64)
+        frame = pd.DataFrame({"user": 0, "item": at, "timestamp": when, "rating": np.nan if ratings is None else ratings})
         return Histories.from_frame(frame, 1, len(self.data.items))
 
 # %% ../nbs/17_recommend.ipynb #cell-015
@@ -203,7 +204,8 @@ class Recommender(Trained):
     def similar(self, vector: Tensor, top: int = 10) -> pd.DataFrame:  # (1, out)
         "The items of the catalogue that are nearest to a new one."
         found = nearest_events(self.vectors, [0], range(len(self.data.items)), top, new=vector)[0]
-        return pd.DataFrame([(k + 1, self.data.items.item_id[i], self.titles[i], round(x, 4), self.kinds[i]) for k, (i, x) in enumerate(found)], columns=["place", "item_id", "title", "cosine", "kind"])
+        rows = [(k + 1, self.data.items.item_id[i], self.titles[i], round(x, 4), self.kinds[i]) for k, (i, x) in enumerate(found)]
+        return pd.DataFrame(rows, columns=["place", "item_id", "title", "cosine", "kind"])
 
     def new_item(self, attributes: Mapping,
                  top: int = 10,
@@ -212,9 +214,11 @@ class Recommender(Trained):
                  ) -> pd.DataFrame:                      # place, user, rank among the catalogue, score, nearest events
         "For whom a new item comes up first: its rank in the list of every user, best first, or in the one list that is asked for."
         vector = self.encode_item(attributes)[0]
-        h, who = (self.events(items), np.array([0])) if items is not None else (self.histories, np.arange(len(self.histories)) if user is None else np.array([self.user_at(user)]))
+        h = self.histories if items is None else self.events(items)
+        who = np.arange(len(h)) if user is None or items is not None else np.array([self.user_at(user)])
         scores = np.concatenate([with_new(self, vector, h, part) for part in np.array_split(who, -(-len(who) // 256))])
         order = np.lexsort((-scores[:, 1], scores[:, 0]))[:top]
         own = ["(this history)"] if items is not None else self.users
         why = [nearest_events(self.vectors, [0], h.items[h.offsets[u]:h.offsets[u + 1]], new=vector)[0] for u in who[order]]
-        return pd.DataFrame({"place": range(1, len(order) + 1), "user_id": [own[u] for u in who[order]], "rank": scores[order, 0], "score": scores[order, 1].round(4), "nearest": [said(self, w) for w in why]})
+        columns = {"user_id": [own[u] for u in who[order]], "rank": scores[order, 0], "score": scores[order, 1].round(4), "nearest": [said(self, w) for w in why]}
+        return pd.DataFrame({"place": range(1, len(order) + 1)} | columns)

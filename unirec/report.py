@@ -164,14 +164,17 @@ def compared(
 ) -> dict:  # title, caption, words, spec
     "The chart of the comparison"
     found = read_compare(results, name)
-    rows = None if found is None else against(found, found["protocol"].iloc[0])
+    protocol = None if found is None else found["protocol"].iloc[0]
+    rows = None if found is None else against(found, protocol)
     if rows is None or rows.empty:
-        rows = pd.DataFrame({"model": table["model"], "value": table["full mrr"], "low": table["full mrr"] - table["full mrr sd"], "high": table["full mrr"] + table["full mrr sd"], "told": table["seeds"].map("{} seed(s)".format)})
+        mean, spread = table["full mrr"], table["full mrr sd"]
+        rows = pd.DataFrame({"model": table["model"], "value": mean, "low": mean - spread, "high": mean + spread, "told": table["seeds"].map("{} seed(s)".format)})
         title, caption, zero = "MRR, whole catalogue", "Test; this run. Lines are one standard deviation over seeds, where there are several.", False
     else:
         told = [f"MRR {row.mrr:.4f}, {int(row.seeds)} seed(s), {row.verdict}" for row in rows.itertuples()]
         title, zero = f"MRR minus that of {rows['reference'].iloc[0]}", True
-        caption = f"Test, several seeds, {SPLITS.get(found['protocol'].iloc[0], found['protocol'].iloc[0]).lower()}. Lines are 95% intervals over users and seeds; right of 0 is better than the opponent that is best on valid."
+        caption = (f"Test, several seeds, {SPLITS.get(protocol, protocol).lower()}. Lines are 95% intervals over users and seeds; "
+                   "right of 0 is better than the opponent that is best on valid.")
         rows = rows.rename(columns={"difference": "value"}).assign(told=told)[["model", "value", "low", "high", "told"]]
     words = title + ": " + ", ".join(f"{row.model} {row.value:.4f}" for row in rows.itertuples())
     return {"title": "Comparison", "caption": caption, "words": words, "spec": comparison_chart(rows, title, zero)}
@@ -188,7 +191,8 @@ def charts(
     for stage, part in curves.groupby("stage", sort=False):
         best = part.dropna(subset=["mrr"]).groupby("model")["mrr"].max()
         words = "Best MRR on valid: " + (", ".join(f"{model} {value:.4f}" for model, value in best.items()) or "not measured")
-        drawn.append({"title": f"Learning curves: {stage}", "caption": "One seed; the chosen model stands out." if len(best) else "Training loss; MRR on valid is not measured in this stage.", "words": words, "spec": curves_chart(part)})
+        caption = "One seed; the chosen model stands out." if len(best) else "Training loss; MRR on valid is not measured in this stage."
+        drawn.append({"title": f"Learning curves: {stage}", "caption": caption, "words": words, "spec": curves_chart(part)})
     return drawn
 
 # %% ../nbs/15_report.ipynb #cell-032
@@ -218,7 +222,8 @@ def set_view(
     quality = read_json(folder / "quality.json") if (folder / "quality.json").is_file() else {}
     return {"name": name, "synthetic": entry.get("synthetic") is True or examples.get("synthetic") is True, "allowed": allowed, "rows": cells(table), "verdict": verdict(table),
             "seeds": sorted(set(table["seeds"])), "quality": quality, "tables": quality_tables(quality),
-            "plots": plots(folder, name), "share": {model: value for model, value in share.items() if isinstance(value, dict)}, "explorer": explorer | {"charts": charts(results, name, table)}, "runs": runs,
+            "plots": plots(folder, name), "share": {model: value for model, value in share.items() if isinstance(value, dict)},
+            "explorer": explorer | {"charts": charts(results, name, table)}, "runs": runs,
             "seconds": sum(run.get("seconds") or 0 for run in runs), "pictures": explorer["pictures"], "refused": explorer["refused"],
             "standing": standing_view(results, name, wanted), "behind": behind_view(folder, list(table["model"]), name)}
 
