@@ -22,7 +22,7 @@ from readme import visible
 PARTS = {
     "Start": ["index", "21_your_shop"],
     "The data": ["00_schema", "00_propose", "00_presets", "01_marketplace", "01_sample", "01_fetch", "01_archives", "01_pictures", "01_sources",
-                 "02_raw", "02_tables", "02_reviews", "02_amazon", "02_yelp", "02_datasets", "03_splits", "03_prepare", "0[0-3]_*"],
+                 "02_raw", "02_columns", "02_tables", "02_reviews", "02_amazon", "02_yelp", "02_datasets", "03_splits", "03_prepare", "0[0-3]_*"],
     "Encoders": ["04_weights", "04_encoders", "04_openclip", "04_numbers", "04_modalities", "05_files", "05_vectors", "05_store", "0[45]_*"],
     "The model": ["06_*", "07_*", "08_*", "09_*", "10_llm", "10_*"],
     "Training": ["11_*", "13_memory", "13_resume", "13_training", "14_task"],
@@ -206,7 +206,7 @@ def reference(path: Path, chapter: str, title: str) -> str:
     source = path.read_text(encoding="utf8")
     tree, said = ast.parse(source), comments(source)
     known = {name: node for node in tree.body for name in defined(node)}
-    parts = [f"# unirec.{path.stem}", f"> {ast.get_docstring(tree)}", f"Chapter: [{title}](../{chapter}.md)"]
+    parts = ["---\nsearch: {boost: 0.5}\n---", f"# unirec.{path.stem}", f"> {ast.get_docstring(tree)}", f"Chapter: [{title}](../{chapter}.md)"]
     for name in ast.literal_eval(known["__all__"].value):
         parts += entry(known[name], name, source, said, path.stem)
     return "\n\n".join(parts) + "\n"
