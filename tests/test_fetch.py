@@ -548,6 +548,22 @@ def test_pictures_are_packed_or_listed(server, tmp_path):
     assert read["images/cmyk.jpg"] == GOOD["cmyk.jpg"]
 
 
+@pytest.mark.parametrize("loose", [True, False], ids=["loose files", "packed by download"])
+def test_pictures_of_ones_own_are_read_or_listed(loose, tmp_path):
+    "What was not fetched is looked at when it is encoded: CMYK and animated pictures are read, the others are listed with a cause, and no path leaves the folder."
+    site = tmp_path / "mine"
+    (site / "images").mkdir(parents=True)
+    for name, data in (GOOD | BROKEN).items(): (site / "images" / name).write_bytes(data)
+    (tmp_path / "secret.png").write_bytes(picture())
+    (site / "items.csv").write_text("item_id,title\na,Pot\n")
+    (site / "interactions.csv").write_text("user_id,item_id,timestamp\nu,a,1600000000\n")
+    if not loose: download(SetSpec.from_params("mine", {"format": "table", "source": str(site), "files": "items", "schema": {"title": {"type": "text"}}}), tmp_path / "raw")
+    (site / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    refused = {"images/empty.png", "images/page.jpg", "images/cut.jpg", "images/cut.png", "images/bomb.png", "images/vector.svg", "images/link.png", "images/gone.png", "../secret.png", str(tmp_path / "secret.png")}
+    read, bad = picture_bytes([*(f"images/{n}" for n in GOOD), *refused], site if loose else tmp_path / "raw")
+    assert read == {f"images/{n}": data for n, data in GOOD.items()} and set(bad) == refused and all(bad.values())
+
+
 def test_a_shard_is_the_same_in_every_order(server, tmp_path):
     urls = shop(server, GOOD)
     fetch_pictures(urls, tmp_path / "a.zip", workers=8, patience=QUICK)
