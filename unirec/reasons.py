@@ -51,7 +51,7 @@ def attention_shares(net: UniRec,
     "How the item Q-Former's queries spread over each item's attributes, mean over queries, heads and layers."
     if net.config.fusion != "qformer": return [{} for _ in items]
     c, at = catalogue or net.catalogue, torch.as_tensor(np.asarray(items, np.int64))
-    weights = net.eval().items.attention(c, at).mean(1)                             # (n, A)
-    total = torch.zeros(len(at), len(c.attributes)).scatter_add_(1, c.attr[at][:, :weights.shape[1]], weights.float())
+    weights, kinds = net.eval().items.attention(c, at).mean(1).cpu(), c.attr[at].cpu()  # (n, A) each
+    total = torch.zeros(len(at), len(c.attributes)).scatter_add_(1, kinds[:, :weights.shape[1]], weights.float())
     shares = total / total.sum(1, keepdim=True).clamp_min(1e-9)
     return [dict(sorted(((n, x) for n, x in zip(c.attributes, row) if x > 0), key=lambda p: -p[1])) for row in shares.tolist()]
