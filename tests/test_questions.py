@@ -152,7 +152,7 @@ def test_runs_of_earlier_code_say_so(project):
     rows, q = claims.read_rows(project, "toy"), Question.read(project / "experiments/toy.yaml")
     params = with_sets(yaml.safe_load((project / "params.yaml").read_text()), q)
     found = claims.recorded(project, q, params, "another code")
-    assert found.stale == len(rows) == len(found.rows) and "earlier state of the code" in answers.opening(found, params)
+    assert np.isfinite(found.rows.new_mrr).all() and found.stale == len(rows) == len(found.rows) and "earlier state of the code" in answers.opening(found, params)
 
 
 def test_a_set_that_is_not_here_is_left_out(project, capsys, monkeypatch):

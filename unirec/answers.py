@@ -55,14 +55,14 @@ def table(found: Recorded, params: Mapping) -> str:
         for dataset, title in titles(q, params).items():
             part, title = found.rows[(found.rows.dataset == dataset) & (found.rows.protocol == protocol)], f"{title.replace('**', '')}, {SPLITS.get(protocol, protocol)}"
             if part.empty: waiting.append(title); continue
-            there, rows = reciprocal(found, dataset, protocol), [["variant", "seeds", "MRR", "Hit@10", "NDCG@10", f"MRR minus `{q.reference}`", "95% interval", "detectable", "weights"]]
+            there, rows = reciprocal(found, dataset, protocol), [["variant", "seeds", "MRR", "Hit@10", "NDCG@10", "MRR of new targets", f"minus `{q.reference}`", "95% interval", "detectable", "weights"]]
             for name in [n for n in (*q.variants, *q.at_test) if n in there]:
                 own = part[part.variant == name]
                 d = one_pair(there[name], there.get(q.reference), q.smallest, 1) if name != q.reference and there[name].shape[1] == there.get(q.reference, there[name]).shape[1] else {}
                 told = [f"{d['difference']:+.4f}", f"{d['low']:+.4f} to {d['high']:+.4f}", f"{d['detectable']:.4f}"] if "difference" in d else ["–"] * 3
                 few = "" if len(own) >= LEAST_SEEDS else " (few)"
-                rows.append([f"`{name}`" + (" *at test*" if name in q.at_test else ""), f"{len(own)}{few}", *(spread(own[f"full_{m}"]) for m in ("mrr", "hit@10", "ndcg@10")), *told, f"{int(own.parameters.iloc[0]):,}"])
-            out.append(f"**{title}** ({there[next(iter(there))].shape[1]:,} users)\n\n{markdown(rows)}")
+                rows.append([f"`{name}`" + (" *at test*" if name in q.at_test else ""), f"{len(own)}{few}", *(spread(own[f"full_{m}"]) for m in ("mrr", "hit@10", "ndcg@10")), spread(own.new_mrr), *told, f"{int(own.parameters.iloc[0]):,}"])
+            out.append(f"**{title}** ({there[next(iter(there))].shape[1]:,} users with a new target)\n\n{markdown(rows)}")
     return "\n\n".join(out + (["Not run yet: " + "; ".join(waiting) + "."] if waiting else []))
 
 # %% ../nbs/19_answers.ipynb #cell-013
@@ -76,11 +76,11 @@ def plot(found: Recorded, params: Mapping, protocol: str = "leave_one_out") -> F
     names = [n for n in (*q.variants, *q.at_test) if any((part.variant == n).any() for _, part in there)]
     figure = Figure(figsize=(min(3.2 * len(there) + 1.8, 13), 1.3 + 0.3 * len(names)), layout="constrained")
     for axes, (dataset, part) in zip(figure.subplots(1, len(there), sharey=True, squeeze=False)[0], there):
-        base = part[part.variant == q.reference].full_mrr.mean()
+        base = part[part.variant == q.reference].new_mrr.mean()
         if np.isfinite(base): axes.axvline(base, color=INK, linewidth=0.8, linestyle=":")
-        for y, name in enumerate(names): one_line(axes, y, part[part.variant == name].full_mrr.to_numpy(), "#0b8a83" if name == q.reference else OTHERS)
+        for y, name in enumerate(names): one_line(axes, y, part[part.variant == name].new_mrr.to_numpy(), "#0b8a83" if name == q.reference else OTHERS)
         axes.set_title(titles(q, params)[dataset].replace("**", ""), loc="left", wrap=True, fontsize=9)
-        axes.set(xlabel="MRR on test", ylim=(len(names) - 0.4, -0.6)); axes.set_yticks(range(len(names)), labels=names); axes.locator_params(axis="x", nbins=4)
+        axes.set(xlabel="MRR on test, new targets", ylim=(len(names) - 0.4, -0.6)); axes.set_yticks(range(len(names)), labels=names); axes.locator_params(axis="x", nbins=4)
     return figure
 
 def one_line(axes, y: int, values: np.ndarray, colour: str) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TESTED', 'LEAST_SEEDS', 'RULE', 'Question', 'jobs', 'tested_with', 'planned', 'with_sets', 'settings', 'run_name',
-           'Recorded', 'read_rows', 'recorded', 'pair_word', 'claim_word', 'reciprocal', 'pairs', 'one_pair', 'judge',
-           'made_up']
+           'Recorded', 'read_rows', 'new_mrr', 'recorded', 'pair_word', 'claim_word', 'reciprocal', 'pairs', 'one_pair',
+           'judge', 'made_up']
 
 # %% ../nbs/18_claims.ipynb #cell-003
 from collections.abc import Iterable, Iterator, Mapping
@@ -125,7 +125,7 @@ class Recorded:
     "The runs of a question that are there."
     question: Question
     rows: pd.DataFrame    # a row a run: run, dataset, variant, seed, protocol, figures, seconds, code
-    ranks: pd.DataFrame   # run, user, position, full
+    ranks: pd.DataFrame   # run, user, position, full, new: is the target new to the user?
     planned: int
     stale: int = 0        # rows by an earlier state of the code
     others: int = 0       # rows of other settings, left out
@@ -135,6 +135,11 @@ def read_rows(root: Path, name: str) -> pd.DataFrame:
     path = Path(root) / "experiments" / "results" / f"{name}.csv"
     text = {c: str for c in ("run", "dataset", "variant", "protocol", "code", "data", "budget")}
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""]) if path.exists() else pd.DataFrame({c: pd.Series(dtype=object) for c in ("run", "dataset", "variant", "seed", "protocol", "code", "data", "seconds", "full_mrr")})
+
+def new_mrr(ranks: pd.DataFrame) -> pd.Series:  # run -> MRR
+    "MRR over the targets that are new to their users; a user counts once."
+    new = ranks[ranks.new.astype(bool)]
+    return (1 / new.full).groupby([new.run, new.user]).mean().groupby("run").mean()
 
 def recorded(root: Path, q: Question, params: Mapping, code: str) -> Recorded:  # code: hash of the present code
     "The rows of the present settings, the newest of each."
@@ -147,13 +152,14 @@ def recorded(root: Path, q: Question, params: Mapping, code: str) -> Recorded:  
     mine = rows[[is_present(r) for r in rows.itertuples()]] if len(rows) else rows
     mine = mine.assign(stale=mine.code != code).sort_values("stale", kind="stable").drop_duplicates(["protocol", "seed", "dataset", "variant"]).sort_index()
     path = root / "experiments" / "results" / f"{q.name}.ranks.parquet"
-    ranks = pd.read_parquet(path) if path.exists() else pd.DataFrame({c: [] for c in ("run", "user", "position", "full")})
+    ranks = pd.read_parquet(path) if path.exists() else pd.DataFrame({c: [] for c in ("run", "user", "position", "full", "new")})
     ranks = ranks[ranks.run.astype(str).isin(set(mine.run))].astype({"run": str})
+    mine = mine.assign(new_mrr=mine.run.map(new_mrr(ranks)))
     return Recorded(q, mine, ranks, len(wanted), int(mine.stale.sum()), len(rows) - len(mine))
 
 # %% ../nbs/18_claims.ipynb #cell-019
 LEAST_SEEDS = 3
-RULE = ("**The rule, fixed before the numbers.** A claim names the form it speaks for and its rivals. Per data set and protocol, the difference of the test MRR to each rival is tested over users and seeds, with Holm's correction over all pairs "
+RULE = ("**The rule, fixed before the numbers.** A claim names the form it speaks for and its rivals. Per data set and protocol, the difference of the test MRR to each rival, over the targets that are new to their users, is tested over users and seeds, with Holm's correction over all pairs "
         "of the question there. It **holds** where the form is better than every rival: corrected p below 0.05, and a 95% interval above 0. It **does not hold** where at least one rival is better by the same measure, or where the whole interval to a "
         "rival (corrected for the number of pairs) lies below the smallest gain that counts, {smallest:.0%} of the rival's MRR. Everything else is **undecided**, and the smallest difference that would be found four times in five stands beside it. "
         f"With fewer than {LEAST_SEEDS} seeds on either side nothing is decided. In a null world the claim must not hold.")
@@ -173,9 +179,10 @@ def claim_word(words: list[str]) -> str:  # of the pairs; "not run", "few seeds"
 
 # %% ../nbs/18_claims.ipynb #cell-021
 def reciprocal(found: Recorded, dataset: str, protocol: str) -> dict[str, np.ndarray]:  # variant -> (seeds, users)
-    "Reciprocal ranks, mean over the events of a user; raises ValueError where a run has no ranks."
+    "Reciprocal ranks of the targets that are new to a user, mean over its events; raises ValueError where a run has no ranks."
     part = found.rows[(found.rows.dataset == dataset) & (found.rows.protocol == protocol)].sort_values("seed")
-    means = (1 / found.ranks.full).groupby([found.ranks.run, found.ranks.user]).mean()
+    new = found.ranks[found.ranks.new.astype(bool)]
+    means = (1 / new.full).groupby([new.run, new.user]).mean()
     if lacking := sorted(set(part.run) - set(found.ranks.run)): raise ValueError(f"{found.question.name}: no ranks of run {lacking[0]}; run `python -m unirec.questions experiments/{found.question.name}.yaml`")
     return {v: np.stack([means[r].to_numpy() for r in own.run]) for v, own in part.groupby("variant", sort=False)}
 
@@ -226,6 +233,6 @@ def made_up(q: Question, strength: Mapping[str, float],  # of each variant that 
         if v not in strength or d not in datasets or s not in seeds: continue
         level = 0 if q.sets.get(d, {}).get("null_world") else strength[v]
         rank = np.ceil(np.exp(np.maximum(0, 2 - level - ease + rng.normal(0, .25, users))))
-        rows.append({"run": f"{p}-{s}-{d}-{v}", "protocol": p, "seed": s, "dataset": d, "variant": v, "full_mrr": (1 / rank).mean(), "full_hit@10": (rank <= 10).mean(), "full_ndcg@10": ((rank <= 10) / np.log2(1 + rank)).mean(), "seconds": 10.0, "parameters": 1000, "stale": False})
-        ranks.append(pd.DataFrame({"run": rows[-1]["run"], "user": np.arange(users), "position": 1, "full": rank}))
+        rows.append({"run": f"{p}-{s}-{d}-{v}", "protocol": p, "seed": s, "dataset": d, "variant": v, "full_mrr": (1 / rank).mean(), "new_mrr": (1 / rank[np.arange(users) % 10 > 0]).mean(), "full_hit@10": (rank <= 10).mean(), "full_ndcg@10": ((rank <= 10) / np.log2(1 + rank)).mean(), "seconds": 10.0, "parameters": 1000, "stale": False})
+        ranks.append(pd.DataFrame({"run": rows[-1]["run"], "user": np.arange(users), "position": 1, "full": rank, "new": np.arange(users) % 10 > 0}))
     return Recorded(q, pd.DataFrame(rows), pd.concat(ranks), len(planned(q)))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['there', 'chosen', 'relabelled', 'seen', 'speaker', 'moved_to', 'train_one', 'lazy', 'tested', 'row_of', 'curve_of',
-           'keep', 'put', 'elsewhere', 'code_of', 'content_of', 'ask', 'do', 'look', 'write_verdicts', 'drop', 'main']
+           'keep', 'put', 'elsewhere', 'code_of', 'content_of', 'ask', 'marked', 'do', 'look', 'write_verdicts', 'drop',
+           'main']
 
 # %% ../nbs/19_questions.ipynb #cell-003
 import argparse
@@ -21,7 +22,7 @@ import yaml
 from torch import Tensor
 
 from .claims import Question, Recorded, jobs, judge, pairs, planned, read_rows, recorded, run_name, settings, tested_with, with_sets
-from .comparison import Loaded, figures, load_for, rank_table
+from .comparison import Loaded, figures, first_times, load_for, rank_table
 from .datasets import SetSpec, download
 from .diagnostics import schema_confusion
 from .experiments import both_stages, digest
@@ -141,8 +142,8 @@ def keep(root: Path, q: Question, row: dict, table: pd.DataFrame, curve: pd.Data
     with lock(root, f"question-{q.name}"):
         path = folder / f"{q.name}.ranks.parquet"
         old = pd.read_parquet(path).astype({"run": str}).query("run != @row['run']") if path.exists() else None
-        new = table[["user", "position", "full"]].assign(run=row["run"])[["run", "user", "position", "full"]]
-        both = pd.concat([x for x in (old, new) if x is not None], ignore_index=True).astype({"run": "category", "user": "int32", "position": "int8", "full": "float32"})
+        new = table[["user", "position", "full", "new"]].assign(run=row["run"])[["run", "user", "position", "full", "new"]]
+        both = pd.concat([x for x in (old, new) if x is not None], ignore_index=True).astype({"run": "category", "user": "int32", "position": "int8", "full": "float32", "new": bool})
         both.to_parquet(path.with_suffix(".tmp"), index=False, compression="zstd")
         path.with_suffix(".tmp").replace(path)
         for part, name in ((curve, f"{q.name}.curves.csv"), (confusion, f"{q.name}.confusion.csv")):
@@ -205,25 +206,30 @@ def ask(path: Path, root: Path = Path("."), only: list[str] | None = None, seeds
     return count
 
 # %% ../nbs/19_questions.ipynb #cell-026
+def marked(table: pd.DataFrame, prepared: Path) -> pd.DataFrame:
+    "Ranks with a column `new`: is the target new to its user?"
+    return table.merge(first_times(prepared).assign(new=True), on=["user", "position"], how="left").assign(new=lambda t: t.new.eq(True))
+
+# %% ../nbs/19_questions.ipynb #cell-027
 def do(root: Path, q: Question, params: Mapping, found: Loaded, at: tuple[str, int, str, str], todo: Mapping[str, tuple], code: str) -> None:
     "Train one variant and record what is to be recorded of it."
     p, seed, dataset, variant = at
     t, data, log = train_one(root, q, params, found, dataset, variant, seed)
     for name, (run, changes, content, where) in todo.items():
-        table, own = tested(t, data, changes, where, p, seed, params), name == variant
+        table, own = marked(tested(t, data, changes, where, p, seed, params), where.prepared), name == variant
         row = row_of(q, t, table, run, (p, seed, dataset, name), own) | {"code": code, "data": content, "vectors": found.vectors}
         confusion = schema_confusion(t.net).assign(run=run)[["run", "a", "b", "by_name", "by_value", "ratio", "told_by_value", "reading"]] if own and "confusion" in q.records else None
         keep(root, q, row, table, curve_of(log, run) if own else None, confusion)
         print(f"{q.name}: {dataset} {p} {name} seed {seed}: test MRR {row['full_mrr']:.4f}" + (f", valid {row['valid_mrr']:.4f}, {t.seconds:.0f} s" if own else ""), flush=True)
 
-# %% ../nbs/19_questions.ipynb #cell-032
+# %% ../nbs/19_questions.ipynb #cell-033
 def look(root: Path, name: str) -> tuple[Recorded, dict]:  # of a file in experiments/; what is recorded, and the parameters
     "Everything that is recorded of a question, read from committed files alone."
     q = Question.read(root / "experiments" / f"{name}.yaml")
     params = with_sets(yaml.safe_load((root / "params.yaml").read_text()), q)
     return recorded(root, q, params, code_of(q)), params
 
-# %% ../nbs/19_questions.ipynb #cell-035
+# %% ../nbs/19_questions.ipynb #cell-036
 def write_verdicts(path: Path, root: Path = Path("."), prune: bool = False) -> pd.DataFrame:  # prune: drop what is not of the present settings
     "Judge what is recorded; writes `<question>.verdict.csv` and `<question>.pairs.csv` where the question has claims."
     q, folder, found = Question.read(path), root / "experiments" / "results", look(root, path.stem)[0]
@@ -235,7 +241,7 @@ def write_verdicts(path: Path, root: Path = Path("."), prune: bool = False) -> p
     verdicts.to_csv(folder / f"{q.name}.verdict.csv", index=False, float_format="%.6g"); pairs(found).to_csv(folder / f"{q.name}.pairs.csv", index=False, float_format="%.6g")
     return verdicts
 
-# %% ../nbs/19_questions.ipynb #cell-036
+# %% ../nbs/19_questions.ipynb #cell-037
 def drop(root: Path, q: Question, kept: set[str]) -> None:
     "Rows, ranks and curves of other runs than these."
     folder = root / "experiments" / "results"
@@ -249,7 +255,7 @@ def drop(root: Path, q: Question, kept: set[str]) -> None:
             old = pd.read_parquet(path).astype({"run": str})
             old[old.run.isin(kept)].astype({"run": "category"}).to_parquet(path, index=False, compression="zstd")
 
-# %% ../nbs/19_questions.ipynb #cell-040
+# %% ../nbs/19_questions.ipynb #cell-041
 def main(argv: list[str] | None = None) -> None:
     "`python -m unirec.questions experiments/<question>.yaml`"
     parser = argparse.ArgumentParser(prog="python -m unirec.questions", description="Run what a question has not run yet, and judge it.")
@@ -265,5 +271,5 @@ def main(argv: list[str] | None = None) -> None:
         if not args.judge: ask(path, only=args.only and args.only.split(","), seeds=args.seeds and [int(s) for s in args.seeds.split(",")], protocol=args.protocol, variants=args.variants and args.variants.split(","))
         print(write_verdicts(path, prune=args.prune and args.judge).to_string(index=False))
 
-# %% ../nbs/19_questions.ipynb #cell-041
+# %% ../nbs/19_questions.ipynb #cell-042
 if __name__ == "__main__" and "get_ipython" not in globals(): main()
