@@ -130,15 +130,18 @@ def cost(found: Recorded, params: Mapping) -> str:
 
 # %% ../nbs/19_answers.ipynb #cell-024
 def overview(root: Path, params: Mapping) -> str:
-    "All questions with their verdicts, from `experiments/results/*.verdict.csv`."
-    rows, root = [["question", "claim", "verdict", "runs"]], Path(root)
+    "The claims that are judged, with their verdicts, and how many are not; from `experiments/results/*.verdict.csv`."
+    rows, waiting, root = [["question", "claim", "verdict", "runs"]], Counter(), Path(root)
     for path in sorted((root / "experiments").glob("*.yaml")):
         if not (told := yaml.safe_load(path.read_text())).get("claims"): continue
         q, kept = Question.read(path), root / "experiments" / "results" / f"{path.stem}.verdict.csv"
         table = pd.read_csv(kept, keep_default_na=False, na_values=[""]) if kept.exists() else pd.DataFrame(columns=["claim", "protocol", "null", "verdict", "dataset", "recorded", "planned"])
         for claim, own in q.claims.items():
             mine = table[(table.claim == claim) & (table.protocol == "leave_one_out") & ~table.null.astype(bool)]
-            said = "; ".join(f"{word}: {', '.join(mine[mine.verdict == word].dataset)}" for word in ("holds", "does not hold", "undecided") if (mine.verdict == word).any()) or "not run yet"
+            said = "; ".join(f"{word}: {', '.join(mine[mine.verdict == word].dataset)}" for word in ("holds", "does not hold", "undecided") if (mine.verdict == word).any())
+            if not said: waiting[q.title] += 1; continue
             counts = table.drop_duplicates(["dataset", "protocol"])[["recorded", "planned"]].sum()
             rows.append([q.title, own["says"], said, f"{int(counts.recorded)} of {len(planned(q))}"])
-    return markdown(rows)
+    parts = [markdown(rows)] if len(rows) > 1 else []
+    if waiting: parts.append("Claims that are not run yet: " + ", ".join(f"{title} ({n})" for title, n in waiting.items()) + ".")
+    return "\n\n".join(parts)
