@@ -182,6 +182,7 @@ FAULTS = {  # sentence -> format, what is written, an error's words or what is c
         "table", both(table, lambda f: (f / "interactions.csv").unlink(), lambda f: pd.DataFrame({"user_id": ["u"], "item_id": ["a"], "timestamp": [pd.Timestamp(2020, 1, 1)]}).to_parquet(f / "interactions.parquet")),
         r"interactions\.parquet, row 1: timestamp .* is not a number of seconds or milliseconds"),
     "a table without a column of times names it": ("table", lambda f: table(f, head="user_id,item_id,rating,when\n"), r"interactions\.csv, row 1: column timestamp is missing"),
+    "a table with two columns of one name": ("table", lambda f: table(f, items="item_id,title,title\na,Pot,Pan\n"), r"items\.csv, row 1: column 'title' stands 2 times"),
     "a table with a word as time names the row": ("table", lambda f: table(f, inter="u,a,4,noon\n"), r"interactions\.csv, row 3: timestamp 'noon' is not a number"),
     "a table with more fields than its header names the row": ("table", lambda f: table(f, items="item_id,title\na,Pot,1\n"), r"items\.csv, row 2: more fields than the header"),
     "a table that is not parquet inside is refused": (

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .pictures import Limits
 from .weights import Weights, fetch, locate, sha256  # locate: for the chapters that read an LLM
 
 # %% ../nbs/04_encoders.ipynb #cell-006
@@ -192,7 +193,7 @@ def open_picture(data: bytes,              # the file's bytes
                  ) -> Image.Image:
     "Decode one picture and convert it to RGB; raises ValueError for what is no picture."
     try:
-        with Image.open(io.BytesIO(data)) as im:
+        with Image.open(io.BytesIO(data), formats=Limits.formats) as im:     # no other: some formats start a program
             if im.width * im.height > limit: raise ValueError(f"{im.width} x {im.height} pixels are more than {limit}")
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"not a readable picture ({e})") from None
