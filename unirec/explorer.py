@@ -214,9 +214,10 @@ async function showCharts() {
   views.forEach(view => view.finalize()); views = []; box.replaceChildren();
   const text = {labelColor: tone("--ink"), titleColor: tone("--ink"), labelFontSize: 12, titleFontSize: 12}, rule = {gridColor: tone("--line"), domainColor: tone("--line"), tickColor: tone("--line")};
   const config = {background: null, font: "system-ui, sans-serif", axis: {...text, ...rule, labelLimit: 140}, legend: {...text, symbolStrokeWidth: 3}, view: {stroke: null}};
-  for (const chart of set.charts) {
-    const stage = make("div"), figure = put(make("figure"), stage, make("figcaption", "", chart.caption));
-    box.append(put(make("div"), make("h3", "", chart.title), figure));
+  const stages = set.charts.map(() => make("div"));      // all boxes stand before the first is drawn: a drawing is as wide as its box is then
+  box.append(...set.charts.map((chart, i) => put(make("div"), make("h3", "", chart.title), put(make("figure"), stages[i], make("figcaption", "", chart.caption)))));
+  for (const [i, chart] of set.charts.entries()) {
+    const stage = stages[i];
     const made = await vegaEmbed(stage, chart.spec, {ast: true, actions: false, renderer: "svg", config});
     if (mine !== turn) { made.view.finalize(); return; }
     const drawing = stage.querySelector("svg"); drawing.setAttribute("role", "img"); drawing.setAttribute("aria-label", chart.title + ". " + chart.words);
