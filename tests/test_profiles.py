@@ -122,21 +122,25 @@ def test_the_vectors_are_those_of_the_towers(tiny):
 
 
 @pytest.mark.slow
-def test_the_llm_was_a_qwen3_with_lora_and_it_learned(tiny):
+def test_the_llm_was_a_qwen3_with_lora_and_the_better_epoch_was_kept(tiny):
     folder, _ = tiny
     params = yaml.safe_load((folder / "params.yaml").read_text())
     config, cached = read(folder, params["llm"]["uri"], "config.json"), [json.loads(p.read_text()) for p in (folder / "cache").glob("llm-*/config.json")]
     assert [c["model_type"] for c in cached] == ["qwen3"] and cached[0]["num_hidden_layers"] == config["num_hidden_layers"]
     frozen = load_file(next((folder / "cache").glob("llm-*/model.safetensors")))
     assert {"layers.0.self_attn.q_norm.weight", "layers.0.self_attn.k_norm.weight"} <= set(frozen), "Qwen2 and Llama have no such norms"
+    curves = pd.read_csv(folder / "results" / DATASET / "curves.csv")
     for name in ("unirec", "unirec_id"):
         state = load_file(folder / "models" / DATASET / "finetune" / f"{name}.safetensors")
         lora = {k: v for k, v in state.items() if ".lora_B." in k}
         assert {k.split(".lora_B.")[0].rpartition(".")[2] for k in lora} == set(LORA_MODULES) and len(lora) == 7 * config["num_hidden_layers"]
-        assert all(v.shape[1] == 16 and v.abs().max() > 0 for v in lora.values()), "an adapter that has not learned is zero"
+        log = curves[(curves.model == name) & (curves.stage == "finetune")].sort_values("epoch")
+        assert len(log) == 2 and log.loss.iloc[1] > 0, "one epoch after the start"
+        learned = bool(log.mrr.iloc[1] > log.mrr.iloc[0])           # what is better on valid is kept: after the epoch, or the start, whose adapters are zero
+        assert all(v.shape[1] == 16 and bool(v.abs().max() > 0) == learned for v in lora.values()), f"valid MRR {log.mrr.tolist()}: the weights are not those of the better epoch"
         assert not [k for k in state if k in ("gate", "again", "llm.query") or k.startswith(("users.recent", "users.start"))], "what the paper's form does not have"
         start = load_file(folder / "models" / DATASET / "pretrain" / f"{name}.safetensors")
-        assert not [k for k in start if k.startswith("llm.")] and not torch.equal(start["items.head.weight"], state["items.head.weight"])
+        assert not [k for k in start if k.startswith("llm.")] and torch.equal(start["items.head.weight"], state["items.head.weight"]) != learned
     for share in read(folder, "results", DATASET, "llm_share.json").values(): assert share["norm_share"] == 1.0 and share["gate"] is None
 
 
