@@ -1,5 +1,6 @@
 """What all tests share."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,19 @@ def project_files(root: Path) -> list[Path]:
         inner[:] = [name for name in inner if name not in ignored and not name.endswith(".egg-info")]
         files += [Path(folder) / name for name in names if name not in ignored]
     return sorted(files)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    "A real browser; tests skip where there is none."
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

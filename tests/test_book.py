@@ -3,7 +3,6 @@ import ast
 import functools
 import html
 import re
-import shutil
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -32,18 +31,6 @@ def site(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("book")
     book.build(root, folder / "site")
     return folder / "site"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if binary is None:
-        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def pages(site: Path, pattern: str = "**/*.html") -> list[Path]:

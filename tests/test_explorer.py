@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from test_report import INJECTED, SETS, build, chromium, files, pages, visit  # noqa: F401  (fixtures)
+from test_report import INJECTED, SETS, build, files, pages, visit  # noqa: F401  (fixtures)
 
 from unirec.report import build_page
 

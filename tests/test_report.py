@@ -3,7 +3,6 @@ import base64
 import hashlib
 import io
 import json
-import shutil
 
 import pandas as pd
 import pytest
@@ -103,18 +102,6 @@ def pages(tmp_path_factory):
     root = write_sets(tmp_path_factory.mktemp("pages"))
     return {audience: (file, build_page(root / "results", root / "predictions", file, sets=SETS, budget="quick", audience=audience))
             for audience in ("local", "public") for file in [root / f"{audience}.html"]}
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if binary is None:
-        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture()
