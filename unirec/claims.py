@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from .experiments import digest, override
+from .experiments import digest, named, override
 from .significance import detectable, holm, seeds_and_users, verdict
 from .steps import MODELS
 
@@ -117,7 +117,7 @@ def run_name(q: Question, params: Mapping, protocol: str, seed: int, dataset: st
              ) -> str:
     "Sixteen hexadecimal digits."
     own, data = settings(q, params, dataset, variant, seed)
-    return digest(q.model, protocol, {k: own[k] for k in ("model", "pretrain", "llm", "finetune", "seed")}, data, dict(at_test), q.seconds, content, code)
+    return digest(q.model, protocol, named({k: own[k] for k in ("model", "pretrain", "llm", "finetune", "seed")}), data, dict(at_test), q.seconds, content, code)
 
 # %% ../nbs/18_claims.ipynb #cell-017
 @dataclass

@@ -21,7 +21,7 @@ import yaml
 from filelock import Timeout
 
 from .datasets import SetSpec
-from .experiments import digest
+from .experiments import digest, named
 from .fingerprint import code_key
 from .metrics import full_ranks, last_ranks, ranks
 from .opponents import BASELINES, Trained, data_key, lock, model_code, reads_vectors, ready, settings_of, train_baseline, train_unirec
@@ -91,7 +91,7 @@ def run_key(params: Mapping, model: str, dataset: str, seed: int, protocol: str,
             content: str,  # hash of the data that it sees
             ) -> str:
     "The name of a run: everything that it depends on."
-    return digest(model, seed, protocol, settings_of(params, model, dataset, seed=seed), code, content)
+    return digest(model, seed, protocol, named(settings_of(params, model, dataset, seed=seed)), code, content)
 
 def run_code(model: str, protocol: str) -> str:
     "A hash of the code that trains and ranks."
