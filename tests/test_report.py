@@ -80,6 +80,8 @@ def write_set(root, name, synthetic, redistributable):
 def write_sets(root):
     write_set(root, "made_up", synthetic=True, redistributable=True)
     write_set(root, "borrowed", synthetic=False, redistributable=False)
+    (root / "results" / "elsewhere").mkdir(parents=True)
+    write_compared(root / "results" / "elsewhere", "elsewhere")
     return root
 
 
@@ -89,6 +91,7 @@ def files(tmp_path):
 
 
 SETS = {"made_up": {"synthetic": True, "redistributable": True}, "borrowed": {"synthetic": False, "redistributable": False}}
+OTHERS = {"elsewhere": {"synthetic": False}, "never_compared": {}}  # in the comparison only; known, and compared with nothing
 
 
 def build(root, **other):
@@ -100,7 +103,7 @@ def build(root, **other):
 def pages(tmp_path_factory):
     """The page for each audience, built once: audience -> (file, what build_page returned)."""
     root = write_sets(tmp_path_factory.mktemp("pages"))
-    return {audience: (file, build_page(root / "results", root / "predictions", file, sets=SETS, budget="quick", audience=audience))
+    return {audience: (file, build_page(root / "results", root / "predictions", file, sets=SETS, budget="quick", audience=audience, others=OTHERS))
             for audience in ("local", "public") for file in [root / f"{audience}.html"]}
 
 
@@ -127,6 +130,17 @@ def visit(chromium, pages):
     yield open_page
     for context in contexts:
         context.close()
+
+
+def test_sets_of_the_comparison_alone_have_their_tables(visit):
+    page, _ = visit()
+    assert page.locator("nav a.badge").all_text_contents() == ["made_up", "borrowed", "elsewhere", "explore test users"]
+    page.click("nav a:text('elsewhere')")
+    card = page.locator("#other-1")
+    assert card.locator("h2").text_content() == "elsewhere" and card.locator("table.standing tbody tr").count() > 1
+    assert "never_compared" not in page.content() and page.locator("#other-2").count() == 0
+    said = page.locator("section:has(h2:text('The comparison over all data sets')) p").all_text_contents()
+    assert said and all("3 data sets" in text for text in said)
 
 
 def test_page_stays_at_home_and_injected_words_stay_words(visit):

@@ -17,7 +17,7 @@ from .explorer import comparison_chart, curves_chart, explorer_view
 from .figures import COMPARISON, CURVES, METRICS, MODELS, PROTOCOLS, inline_svg, plot_comparison, plot_curves, read_rows
 from .page import render_page
 from .quality import quality_tables
-from .standing import SPLITS, against, behind_view, plain, read_compare, standing_view
+from .standing import SPLITS, against, behind_view, overall, plain, read_compare, standing_view
 
 # %% ../nbs/15_report.ipynb #cell-013
 STAGES = ["download", "prepare", "embed", "pretrain", "finetune", "evaluate", "report"]
@@ -238,14 +238,18 @@ def build_page(
     audience: str,  # "local": this machine only; "public": passed on
     runs: Path | None = None,  # folder with run_<stage>.json of each data set; default: results
     wanted: Mapping[str, int] | None = None,  # data set -> how many runs the full comparison has, if that is known
+    others: Mapping[str, dict] | None = None,  # data set -> settings of further ones; those that have been compared stand behind the rest
 ) -> dict:  # page, datasets, bytes, pictures, pictures_refused, rows_withheld
     "Write the results page, one file that needs no network"
     if not sets:
         raise ValueError("no data set to report on: `sets` is empty")
     check_files(results, predictions, sets, audience, runs)
     views = [set_view(results, predictions, name, entry, audience, runs, (wanted or {}).get(name)) for name, entry in sets.items()]
-    refused = sum(view["refused"] for view in views)
-    page = render_page(views, budget, PROTOCOLS, METRICS)
+    refused, every = sum(view["refused"] for view in views), dict(sets) | dict(others or {})
+    tables = {name: table for name in every if (table := read_compare(results, name)) is not None}
+    further = [{"name": name, "synthetic": every[name].get("synthetic") is True, "standing": standing_view(results, name, (wanted or {}).get(name))} for name in tables if name not in sets]
+    called = {name + (" (synthetic)" if every[name].get("synthetic") is True else ""): table for name, table in tables.items()}
+    page = render_page(views, budget, PROTOCOLS, METRICS, further, [text for protocol in SPLITS if (text := overall(called, protocol))])
     out = Path(out) if Path(out).suffix == ".html" else Path(out) / "index.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
