@@ -39,6 +39,7 @@ class Question:
     refuted_by: str = ""
     protocols: list[str] = field(default_factory=lambda: ["leave_one_out"])
     more_seeds: dict[str, list[int]] = field(default_factory=dict)
+    protocol_variants: dict[str, list[str]] = field(default_factory=dict)  # protocol -> the variants that are trained under it; all where it is not named
     per_set: dict[str, dict] = field(default_factory=dict)       # data set -> changes that all variants have there
     sets: dict[str, dict] = field(default_factory=dict)     # data sets of this question: like, options, null_world, variants
     at_test: dict[str, dict] = field(default_factory=dict)  # name -> of: a variant; and what its items look like at test time
@@ -61,8 +62,9 @@ class Question:
     def problems(self) -> Iterator[str]:
         "What is wrong with it."
         names = [*self.variants, *self.at_test]
+        if unknown := sorted(set(self.protocol_variants) - set(self.protocols)): yield f"protocol_variants: {', '.join(unknown)} is none of the protocols {', '.join(self.protocols)}"
         if self.model not in MODELS: yield f"model {self.model!r}, expected one of {', '.join(MODELS)}"
-        for what, name in [("reference", self.reference), *(("more_seeds", v) for v in self.more_seeds), *((f"at_test.{t}.of", told.get("of")) for t, told in self.at_test.items())]:
+        for what, name in [("reference", self.reference), *(("more_seeds", v) for v in self.more_seeds), *((f"protocol_variants.{p}", v) for p, own in self.protocol_variants.items() for v in own), *((f"at_test.{t}.of", told.get("of")) for t, told in self.at_test.items())]:
             if name not in self.variants: yield f"{what}: {name!r} is none of the variants {', '.join(self.variants)}"
         for name, told in self.at_test.items():
             if unknown := sorted(set(told) - set(TESTED)): yield f"at_test.{name}: unknown field {', '.join(unknown)}; known are {', '.join(TESTED)}"
@@ -79,7 +81,7 @@ def jobs(q: Question) -> Iterator[tuple[str, int, str, str]]:
         for seed in every:
             for dataset in q.datasets:
                 for variant in q.sets.get(dataset, {}).get("variants") or q.variants:
-                    if seed in q.seeds or seed in q.more_seeds.get(variant, ()): yield protocol, seed, dataset, variant
+                    if variant in q.protocol_variants.get(protocol, q.variants) and (seed in q.seeds or seed in q.more_seeds.get(variant, ())): yield protocol, seed, dataset, variant
 
 def tested_with(q: Question, dataset: str, variant: str) -> dict[str, dict]:
     "What is recorded of a trained variant: itself, and its variants at test time (not on the set it was trained on, where they name one; not in a null world)."
@@ -192,7 +194,7 @@ def pairs(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol, cla
     q, out = found.question, []
     for protocol in q.protocols:
         for dataset in q.datasets:
-            names, there = {n for _, _, d, n in planned(q) if d == dataset}, reciprocal(found, dataset, protocol)
+            names, there = {n for p, _, d, n in planned(q) if (p, d) == (protocol, dataset)}, reciprocal(found, dataset, protocol)
             own = [(c, told, rival) for c, told in q.claims.items() if dataset in told.get("where", q.datasets) for rival in told["over"] if {told["ours"], rival} <= names]
             rows = [{"dataset": dataset, "protocol": protocol, "claim": c, "ours": told["ours"], "rival": rival} | one_pair(there.get(told["ours"]), there.get(rival), q.smallest, len(own)) for c, told, rival in own]
             corrected = holm(pd.Series([r["p"] for r in rows], dtype=float)) if rows else []

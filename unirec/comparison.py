@@ -35,10 +35,12 @@ def all_runs(params: Mapping) -> Iterator[tuple[str, int, str, str]]:
     "(protocol, seed, data set, model), in the order in which they are done."
     c = params["compare"]
     for protocol in c["protocols"]:
-        for seed in c["seeds"]:
+        seeds = (c.get("fewer_seeds") or {}).get(protocol, c["seeds"])
+        for seed in seeds:
             for dataset in c["datasets"]:
                 for model in c["models"]:
-                    if model in MODELS or BASELINES[model].drawn or seed == c["seeds"][0]: yield protocol, seed, dataset, model
+                    drawn, here = model in MODELS or BASELINES[model].drawn, dataset in (c.get("only_on") or {}).get(model, c["datasets"])
+                    if here and (drawn or seed == seeds[0]): yield protocol, seed, dataset, model
 
 # %% ../nbs/19_comparison.ipynb #cell-009
 def hold_out(prepared: Path, raw: Path, spec: SetSpec, encode: Mapping, out: Path,  # gets `prepared` and `embeddings`

@@ -34,7 +34,7 @@ MODELS = {  # name: (colour, what it is)
     "sasrec_vectors": ("#2f7fd1", "self-attention over the frozen vectors"),
     "sasrec_both": ("#9a5fc0", "self-attention over vectors and ids"),
     "text_llm": ("#c2506a", "a language model reads the titles"),
-    "released": ("#3f93a3", "the released code's way, written anew")}
+    "released": ("#3f93a3", "the released code's way, written anew; on two data sets")}
 SPARE_COLOURS = ["#7a5c00", "#00708a", "#8a3b12", "#5a6b2f", "#7b4a86"]
 OTHERS = "#7d8898"  # bars of what UniRec is compared with
 INK, LINE = "#1f2328", "#d1d7de"  # on the page these two become var(--ink) and var(--line)

@@ -132,7 +132,7 @@ STANDING = """{% set told = set.standing %}<h3>Several seeds, tuned opponents</h
 {% for part in told.parts %}<h4>{{ part.title }}</h4><p>{{ part.said }}</p>
 <figure><div class="scroll" role="region" tabindex="0" aria-label="{{ part.title }}: comparison with {{ part.reference }} on {{ set.name }}"><table class="standing"><caption>{{ part.title }}: comparison with {{ part.reference }} on {{ set.name }}</caption>
 <thead><tr>{% for name in ("model", "MRR", "seeds", "difference", "95% interval", "p (Holm)", "smallest found", "verdict") %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in part.rows %}<tr{% if row.ours %} class="ours"{% endif %}><th scope="row">{{ row.model }}</th><td>{{ row.mrr }}{% if row.sd %} <small>± {{ row.sd }}</small>{% endif %}</td><td>{{ row.seeds }}</td><td>{{ row.difference }}</td>
+<tbody>{% for row in part.rows %}<tr{% if row.ours %} class="ours"{% endif %}><th scope="row">{{ row.model }}{% if row.note %}<small>{{ row.note }}</small>{% endif %}</th><td>{{ row.mrr }}{% if row.sd %} <small>± {{ row.sd }}</small>{% endif %}</td><td>{{ row.seeds }}</td><td>{{ row.difference }}</td>
 <td>{{ row.interval }}</td><td>{{ row.p }}</td><td>{{ row.detectable }}</td><td><strong class="verdict {{ row.verdict }}">{{ row.verdict }}</strong></td></tr>
 {% endfor %}</tbody></table></div>
 <figcaption>Full MRR on test, mean ± standard deviation over seeds (a model that draws nothing has one). The difference is to {{ part.reference }}, the best opponent on valid.</figcaption></figure>

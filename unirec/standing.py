@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import escape
 
-from .figures import inline_svg, plot_differences, plot_groups, read_rows
+from .figures import MODELS, inline_svg, plot_differences, plot_groups, read_rows
 
 # %% ../nbs/15_standing.ipynb #cell-008
 SPLITS = {"leave_one_out": "Last event held out", "last5": "Last five events held out"}  # protocol -> title
@@ -58,14 +58,14 @@ def p_text(
 
 def standing_cells(
     rows: pd.DataFrame,  # what `against` returned
-) -> list[dict]:  # model, ours, mrr, sd, seeds, difference, interval, p, detectable, verdict; texts, "–" for what is not there
+) -> list[dict]:  # model, note, ours, mrr, sd, seeds, difference, interval, p, detectable, verdict; texts, "–" for what is not there
     "What the table of one data set and protocol shows"
     def text(value, template="{:.4f}"):
         return "–" if pd.isna(value) else template.format(value)
     shown = []
     for row in rows.itertuples():
         compared = row.verdict != "reference"
-        shown.append({"model": row.model, "ours": row.model.startswith("unirec"), "mrr": text(row.mrr), "sd": None if pd.isna(row.std) else text(row.std), "seeds": int(row.seeds),
+        shown.append({"model": row.model, "note": MODELS.get(row.model, ("", ""))[1], "ours": row.model.startswith("unirec"), "mrr": text(row.mrr), "sd": None if pd.isna(row.std) else text(row.std), "seeds": int(row.seeds),
                       "difference": text(row.difference, "{:+.4f}") if compared else "–", "interval": f"{row.low:+.4f} to {row.high:+.4f}" if compared else "–",
                       "p": p_text(row.holm_both) if compared else "–", "detectable": text(row.detectable) if compared else "–", "verdict": row.verdict})
     return shown

@@ -54,7 +54,8 @@ def tune(root: Path = Path("."), only: str | None = None,  # one of tune.dataset
     for dataset in [d for d in params["tune"]["datasets"] if only in (None, d) and ready(root, params, d)]:
         prepared, store = root / "prepared" / dataset, root / "embeddings" / dataset
         data = load(prepared, store, SetSpec.from_params(dataset, params["sets"][dataset]))
-        for model in models or list(params["tune"]["grids"]):
+        only_on = params["compare"].get("only_on") or {}
+        for model in [m for m in models or params["tune"]["grids"] if dataset in only_on.get(m, [dataset])]:
             content, left = digest(data_key(data, prepared, store, reads_vectors(model)), model_code(model)), 60.0 * params["tune"]["minutes"]
             for number, changes in enumerate(trials_of(params, model)):
                 key = digest(content, model, settings_of(params, model, dataset, changes))
