@@ -43,7 +43,7 @@ tune:  ## tune the opponents on valid within the budget of params.yaml, and writ
 compare:  ## every model, five seeds, every data set: what has not run yet (a day; resumes), and the table
 	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); python -m unirec.comparison $(ARGS)
 
-carry:  ## keep runs of the comparison whose code changed and whose ranks did not: one seed of each is run again
+carry:  ## keep runs whose code changed and whose ranks did not: one seed of each is run again; of the comparison, or ARGS='--questions experiments/*.yaml'
 	@$(SETUP); python -m unirec.carried $(ARGS)
 
 experiments:  ## run what the questions in experiments/ have not run yet (days; resumes), and judge them; ARGS=ask@fusion for one
