@@ -254,6 +254,14 @@ def test_committed_rows_are_used_where_the_data_is_missing(project, capsys):
     pd.testing.assert_frame_equal(again, whole)
 
 
+def test_pictures_that_are_gone_are_an_error_and_not_left_out(project):
+    root, params = project
+    params["sets"]["toy"]["schema"]["picture"] = opponents.toy_params()["sets"]["toy"]["schema"]["picture"]
+    shutil.rmtree(root / "data")
+    with pytest.raises(FileNotFoundError, match="toy: its raw files, and so its pictures, are neither .*dvc repro download@toy"):
+        comparison.load_for(root, params, "toy", "last5")
+
+
 def test_last5_gives_every_user_the_same_weight(project):
     root, params = project
     comparison.compare(root, protocol="last5", models=["markov"])

@@ -67,7 +67,7 @@ class Loaded:
 
 # %% ../nbs/19_comparison.ipynb #cell-011
 def load_for(root: Path, params: Mapping, dataset: str, protocol: str) -> Loaded | None:
-    "Tables and vectors under a protocol, made where they are missing; None where a data set is not there."
+    "Tables and vectors under a protocol, made where they are missing; None where a data set is not there. Raises FileNotFoundError for pictures that are to be encoded and are gone."
     if not ready(root, params, dataset): return None
     spec, prepared, store = SetSpec.from_params(dataset, params["sets"][dataset]), root / "prepared" / dataset, root / "embeddings" / dataset
     if protocol != "leave_one_out":
@@ -75,6 +75,7 @@ def load_for(root: Path, params: Mapping, dataset: str, protocol: str) -> Loaded
         raw = next((p for p in (root / "data" / dataset, root / "experiments/cache/raw" / dataset) if p.exists()), None)
         with lock(root, f"{protocol}-{dataset}"):
             if not (out / "made.json").exists() or json.loads((out / "made.json").read_text()) != made:
+                if raw is None and spec.schema.of("image"): raise FileNotFoundError(f"{dataset}: its raw files, and so its pictures, are neither in {root / 'data'} nor in {root / 'experiments/cache/raw'}: run `dvc repro download@{dataset}` first")
                 hold_out(prepared, raw, spec, params["encode"], out, int(protocol.removeprefix("last")))
                 (out / "made.json").write_text(json.dumps(made))
         prepared, store = out / "prepared", out / "embeddings"
