@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from .claims import Question, read_rows, recorded, run_name, tested_with, with_sets
+from .claims import Question, recorded, run_name, tested_with, with_sets
 from .comparison import Loaded, all_runs, do_run, load_for, read_ranks, read_runs, record, run_code, run_key, write
 from .opponents import lock, reads_vectors
 from .questions import ask, code_of, drop
@@ -88,15 +88,16 @@ def carry_question(path: Path, root: Path = Path(".")) -> pd.DataFrame:  # a fil
 def rename_runs(root: Path, name: str, names: Mapping[str, tuple[str, str]],  # of a question; old name of a run -> new name, and the hash that its row had
                 code: str) -> None:                                           # the new hash
     "Give runs of a question their new names, in rows, ranks, curves and confusions."
+    if not names: return
     folder, to = root / "experiments" / "results", {old: new for old, (new, _) in names.items()}
     with lock(root, f"question-{name}"):
-        for path in [p for p in (folder / f"{name}{s}.csv" for s in ("", ".curves", ".confusion")) if p.exists() and names]:
+        for path in [p for p in (folder / f"{name}{s}.csv" for s in ("", ".curves", ".confusion")) if p.exists()]:
             rows = pd.read_csv(path, dtype=str, keep_default_na=False)
             mine = rows.run.isin(to)
             if path.stem == name: rows = rows.assign(carried=rows.get("carried", pd.Series("", rows.index)).where(~mine, rows.code), code=rows.code.where(~mine, code))
             rows.assign(run=rows.run.replace(to)).to_csv(path, index=False)
         path = folder / f"{name}.ranks.parquet"
-        if names: pd.read_parquet(path).astype({"run": str}).replace({"run": to}).astype({"run": "category"}).to_parquet(path, index=False, compression="zstd")
+        pd.read_parquet(path).astype({"run": str}).replace({"run": to}).astype({"run": "category"}).to_parquet(path, index=False, compression="zstd")
 
 # %% ../nbs/19_carried.ipynb #cell-021
 def main(argv: list[str] | None = None) -> None:
