@@ -22,7 +22,7 @@ from unirec.steps import load
 
 SIZE = {"users": 20_000, "items": 20_000, "width": 64, "history": 50, "candidates": 100}
 SLOW = 500  # users of the loop over the whole catalogue: its rate does not depend on their number
-WITH_LLM = 128  # users of an evaluation with the language model: nor does the share
+WITH_LLM = 512  # users of an evaluation with the language model, so that what is done once, the catalogue's encoding, is shared by many
 PADDED = 512  # tokens of every prompt of the released code
 LOOP = 100  # users of the loop with the model in it
 
@@ -158,7 +158,7 @@ def end_to_end(net: UniRec, h: Histories, targets: np.ndarray, with_llm: bool, p
 def models(params: dict, quick: bool):
     "(name, model, histories, targets) of real evaluations; weights are fresh, time does not depend on them."
     encoder, llm = EncoderConfig(**params["model"]), LLMConfig(**params["llm"] | {"gate": 0.1})          # a closed gate: the LLM would not be asked
-    at, n_users, n_items = ("prepared", "embeddings"), *((64, 500) if quick else (1_024, SIZE["items"]))
+    at, n_users, n_items = ("prepared", "embeddings"), *((64, 500) if quick else (SIZE["users"], SIZE["items"]))
     if all((ROOT / a / "movielens").exists() for a in at):
         d = load(*(ROOT / a / "movielens" for a in at), SetSpec.from_params("movielens", params["sets"]["movielens"]))
         yield "movielens", UniRec(d.catalogue, encoder, llm), d.train, d.valid_targets
@@ -179,7 +179,7 @@ def measure(table: Table, size: dict, slow: int, pairs: int, real, repeats: int)
     for name, net, h, targets in real:
         for with_llm in (True, False):
             short = (some(h, WITH_LLM), targets[:WITH_LLM]) if with_llm else (h, targets)
-            for row in end_to_end(net, *short, with_llm, repeats, WITH_LLM // 8 if with_llm else LOOP): table.add(row | {"model": name})
+            for row in end_to_end(net, *short, with_llm, repeats, WITH_LLM // 16 if with_llm else LOOP): table.add(row | {"model": name})
             for repeat in range(1 if with_llm else repeats):
                 table.add({"measure": "share", "side": f"{name}, {'with' if with_llm else 'without'} LLM", "pair": repeat, **share(net, *short, with_llm)})
     return pd.DataFrame(table.rows)
