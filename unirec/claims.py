@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TESTED', 'LEAST_SEEDS', 'RULE', 'Question', 'jobs', 'tested_with', 'planned', 'with_sets', 'settings', 'run_name',
-           'Recorded', 'read_rows', 'new_mrr', 'recorded', 'pair_word', 'claim_word', 'reciprocal', 'pairs', 'one_pair',
-           'judge', 'made_up']
+           'Recorded', 'read_rows', 'new_mrr', 'recorded', 'pair_word', 'claim_word', 'reciprocal', 'start', 'pairs',
+           'one_pair', 'judge', 'made_up']
 
 # %% ../nbs/18_claims.ipynb #cell-003
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from .experiments import digest, named, override
-from .significance import detectable, holm, seeds_and_users, verdict
+from .significance import detectable, holm, one_start, seeds_and_users, verdict
 from .steps import MODELS
 
 # %% ../nbs/18_claims.ipynb #cell-006
@@ -39,7 +39,7 @@ class Question:
     refuted_by: str = ""
     protocols: list[str] = field(default_factory=lambda: ["leave_one_out"])
     more_seeds: dict[str, list[int]] = field(default_factory=dict)
-    protocol_variants: dict[str, list[str]] = field(default_factory=dict)  # protocol -> the variants that are trained under it; all where it is not named
+    limits: dict[str, dict] = field(default_factory=dict)   # protocol -> variants, seeds, datasets that are trained under it; all where it does not say
     per_set: dict[str, dict] = field(default_factory=dict)       # data set -> changes that all variants have there
     sets: dict[str, dict] = field(default_factory=dict)     # data sets of this question: like, options, null_world, variants
     at_test: dict[str, dict] = field(default_factory=dict)  # name -> of: a variant; and what its items look like at test time
@@ -59,12 +59,22 @@ class Question:
         for problem in out.problems(): raise ValueError(f"{path}: {problem}")
         return out
 
+    def every_seed(self) -> list[int]:
+        "All seeds, those of the decisive variants too."
+        return sorted({*self.seeds, *(s for more in self.more_seeds.values() for s in more)})
+
     def problems(self) -> Iterator[str]:
         "What is wrong with it."
         names = [*self.variants, *self.at_test]
-        if unknown := sorted(set(self.protocol_variants) - set(self.protocols)): yield f"protocol_variants: {', '.join(unknown)} is none of the protocols {', '.join(self.protocols)}"
+        for protocol, own in self.limits.items():
+            if protocol not in self.protocols: yield f"limits: {protocol} is none of the protocols {', '.join(self.protocols)}"
+            known = {"variants": self.variants, "seeds": self.every_seed(), "datasets": self.datasets}
+            for field_, values in own.items():
+                if field_ not in known: yield f"limits.{protocol}: unknown field {field_}; known are {', '.join(known)}"
+                for v in values if field_ in known else ():
+                    if v not in known[field_]: yield f"limits.{protocol}.{field_}: {v!r} is none of {', '.join(map(str, known[field_]))}"
         if self.model not in MODELS: yield f"model {self.model!r}, expected one of {', '.join(MODELS)}"
-        for what, name in [("reference", self.reference), *(("more_seeds", v) for v in self.more_seeds), *((f"protocol_variants.{p}", v) for p, own in self.protocol_variants.items() for v in own), *((f"at_test.{t}.of", told.get("of")) for t, told in self.at_test.items())]:
+        for what, name in [("reference", self.reference), *(("more_seeds", v) for v in self.more_seeds), *((f"at_test.{t}.of", told.get("of")) for t, told in self.at_test.items())]:
             if name not in self.variants: yield f"{what}: {name!r} is none of the variants {', '.join(self.variants)}"
         for name, told in self.at_test.items():
             if unknown := sorted(set(told) - set(TESTED)): yield f"at_test.{name}: unknown field {', '.join(unknown)}; known are {', '.join(TESTED)}"
@@ -76,12 +86,12 @@ class Question:
 # %% ../nbs/18_claims.ipynb #cell-008
 def jobs(q: Question) -> Iterator[tuple[str, int, str, str]]:
     "(protocol, seed, data set, variant) of everything that is trained, in the order in which it is done."
-    every = sorted({*q.seeds, *(s for more in q.more_seeds.values() for s in more)})
     for protocol in q.protocols:
-        for seed in every:
-            for dataset in q.datasets:
+        own = q.limits.get(protocol, {})
+        for seed in own.get("seeds", q.every_seed()):
+            for dataset in own.get("datasets", q.datasets):
                 for variant in q.sets.get(dataset, {}).get("variants") or q.variants:
-                    if variant in q.protocol_variants.get(protocol, q.variants) and (seed in q.seeds or seed in q.more_seeds.get(variant, ())): yield protocol, seed, dataset, variant
+                    if variant in own.get("variants", q.variants) and (seed in q.seeds or seed in q.more_seeds.get(variant, ())): yield protocol, seed, dataset, variant
 
 def tested_with(q: Question, dataset: str, variant: str) -> dict[str, dict]:
     "What is recorded of a trained variant: itself, and its variants at test time (not on the set it was trained on, where they name one; not in a null world)."
@@ -161,7 +171,7 @@ def recorded(root: Path, q: Question, params: Mapping, code: str) -> Recorded:  
 
 # %% ../nbs/18_claims.ipynb #cell-019
 LEAST_SEEDS = 3
-RULE = ("**The rule**, written before the runs and changed once after a first look (from all targets to those that are new to their users; why is told in the chapter on claims). A claim names the form it speaks for and its rivals. Per data set and protocol, the difference of the test MRR to each rival, over the targets that are new to their users, is tested over users and seeds, with Holm's correction over all pairs "
+RULE = ("**The rule**, written before the runs and changed twice after a look (from all targets to those that are new to their users, and to seed by seed where two forms have one start; why is told in the chapter on claims). A claim names the form it speaks for and its rivals. Per data set and protocol, the difference of the test MRR to each rival, over the targets that are new to their users, is tested over users and seeds (seed by seed where both go on from one stage 1, or are one model), with Holm's correction over all pairs "
         "of the question there. It **holds** where the form is better than every rival: corrected p below 0.05, and a 95% interval above 0. It **does not hold** where at least one rival is better by the same measure, or where the whole interval to a "
         "rival (corrected for the number of pairs) lies below the smallest gain that counts, {smallest:.0%} of the rival's MRR. Everything else is **undecided**, and the smallest difference that would be found four times in five stands beside it. "
         f"With fewer than {LEAST_SEEDS} seeds on either side nothing is decided. In a null world the claim must not hold.")
@@ -180,15 +190,21 @@ def claim_word(words: list[str]) -> str:  # of the pairs; "not run", "few seeds"
     return "holds" if all(w == "better" for w in words) else "undecided"
 
 # %% ../nbs/18_claims.ipynb #cell-021
-def reciprocal(found: Recorded, dataset: str, protocol: str) -> dict[str, np.ndarray]:  # variant -> (seeds, users)
+def reciprocal(found: Recorded, dataset: str, protocol: str) -> dict[str, pd.DataFrame]:  # variant -> (seeds, users)
     "Reciprocal ranks of the targets that are new to a user, mean over its events; raises ValueError where a run has no ranks."
     part = found.rows[(found.rows.dataset == dataset) & (found.rows.protocol == protocol)].sort_values("seed")
     new = found.ranks[found.ranks.new.astype(bool)]
     means = (1 / new.full).groupby([new.run, new.user]).mean()
     if lacking := sorted(set(part.run) - set(found.ranks.run)): raise ValueError(f"{found.question.name}: no ranks of run {lacking[0]}; run `python -m unirec.questions experiments/{found.question.name}.yaml`")
-    return {v: np.stack([means[r].to_numpy() for r in own.run]) for v, own in part.groupby("variant", sort=False)}
+    return {v: pd.DataFrame({s: means[r] for s, r in zip(own.seed, own.run)}).T for v, own in part.groupby("variant", sort=False)}
 
 # %% ../nbs/18_claims.ipynb #cell-022
+def start(q: Question, name: str) -> dict:
+    "What a variant's stage 1 is made with; variants of which it is the same go on from one."
+    own = q.variants[q.at_test.get(name, {}).get("of", name)]
+    return {k: v for k, v in own.items() if own.get("finetune.mode") == "end_to_end" or not k.startswith(("llm.", "finetune."))}
+
+# %% ../nbs/18_claims.ipynb #cell-024
 def pairs(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol, claim and rival
     "Every form beside each of its rivals."
     q, out = found.question, []
@@ -196,22 +212,26 @@ def pairs(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol, cla
         for dataset in q.datasets:
             names, there = {n for p, _, d, n in planned(q) if (p, d) == (protocol, dataset)}, reciprocal(found, dataset, protocol)
             own = [(c, told, rival) for c, told in q.claims.items() if dataset in told.get("where", q.datasets) for rival in told["over"] if {told["ours"], rival} <= names]
-            rows = [{"dataset": dataset, "protocol": protocol, "claim": c, "ours": told["ours"], "rival": rival} | one_pair(there.get(told["ours"]), there.get(rival), q.smallest, len(own)) for c, told, rival in own]
+            rows = [{"dataset": dataset, "protocol": protocol, "claim": c, "ours": told["ours"], "rival": rival} | one_pair(there.get(told["ours"]), there.get(rival), q.smallest, len(own), start(q, told["ours"]) == start(q, rival)) for c, told, rival in own]
             corrected = holm(pd.Series([r["p"] for r in rows], dtype=float)) if rows else []
             for r, p in zip(rows, corrected):
                 few = r["word"] or (min(r["seeds"], r["rival_seeds"]) < LEAST_SEEDS and "few seeds")
                 out.append(r | {"holm": p, "word": few or pair_word(r["low"], r["high"], p, r["highest"], r["least"])})
     return pd.DataFrame(out)
 
-def one_pair(ours: np.ndarray | None, rival: np.ndarray | None,  # (seeds, users) reciprocal ranks; None: not run
-             smallest: float, tests: int) -> dict:
+def one_pair(ours: pd.DataFrame | None, rival: pd.DataFrame | None,  # (seeds, users) reciprocal ranks; None: not run
+             smallest: float, tests: int,
+             together: bool = False) -> dict:                         # do both go on from one start? Then only the seeds that both have count
     "Difference, intervals, p and what could have been found."
-    if ours is None or rival is None: return {"seeds": 0 if ours is None else len(ours), "rival_seeds": 0 if rival is None else len(rival), "p": np.nan, "word": "not run"}
-    d, wide = seeds_and_users(ours, rival), seeds_and_users(ours, rival, level=1 - 0.05 / tests)
-    return {"seeds": len(ours), "rival_seeds": len(rival), "users": ours.shape[1], "mrr": ours.mean(), "rival_mrr": rival.mean(), **{k: d[k] for k in ("difference", "low", "high", "p")},
-            "detectable": detectable(d["se"], d["df"]), "highest": wide["high"], "least": smallest * rival.mean(), "word": ""}
+    if together and ours is not None and rival is not None: ours, rival = (x.loc[ours.index.intersection(rival.index)] for x in (ours, rival))
+    counts = {"seeds": 0 if ours is None else len(ours), "rival_seeds": 0 if rival is None else len(rival)}
+    if not all(counts.values()): return counts | {"p": np.nan, "word": "not run"}
+    a, b, test = ours.to_numpy(), rival.to_numpy(), one_start if together else seeds_and_users
+    d, wide = test(a, b), test(a, b, level=1 - 0.05 / tests)
+    return {**counts, "users": a.shape[1], "mrr": a.mean(), "rival_mrr": b.mean(), **{k: d[k] for k in ("difference", "low", "high", "p")},
+            "detectable": detectable(d["se"], d["df"]), "highest": wide["high"], "least": smallest * b.mean(), "word": ""}
 
-# %% ../nbs/18_claims.ipynb #cell-023
+# %% ../nbs/18_claims.ipynb #cell-025
 def judge(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol and claim: verdict, and the rival that it rests on: the nearest, or one that refutes
     "The verdicts."
     q, out = found.question, []
@@ -225,7 +245,7 @@ def judge(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol and 
                     **{k: nearest.get(k, np.nan) for k in ("mrr", "rival_mrr", "difference", "low", "high", "holm", "detectable", "seeds", "rival_seeds")}, "recorded": run, "planned": wanted})
     return pd.DataFrame(out)
 
-# %% ../nbs/18_claims.ipynb #cell-025
+# %% ../nbs/18_claims.ipynb #cell-027
 def made_up(q: Question, strength: Mapping[str, float],  # of each variant that is there
             datasets: tuple[str, ...], seeds: Iterable[int], users: int = 300) -> Recorded:
     "Runs with ranks drawn around a strength, without any effect in null worlds: for tests and demonstrations only."
