@@ -10,6 +10,7 @@ __all__ = ['SPLITS', 'titles', 'opening', 'markdown', 'spread', 'table', 'plot',
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib as mpl
 import numpy as np
@@ -74,12 +75,13 @@ def plot(found: Recorded, params: Mapping, protocol: str = "leave_one_out") -> F
     there = [(d, part) for d, part in there if len(part)]
     if not there: return None
     names = [n for n in (*q.variants, *q.at_test) if any((part.variant == n).any() for _, part in there)]
-    figure = Figure(figsize=(min(3.2 * len(there) + 1.8, 13), 1.3 + 0.3 * len(names)), layout="constrained")
+    width = min(3.2 * len(there) + 1.8, 13)
+    figure = Figure(figsize=(width, 1.3 + 0.3 * len(names)), layout="constrained")
     for axes, (dataset, part) in zip(figure.subplots(1, len(there), sharey=True, squeeze=False)[0], there):
         base = part[part.variant == q.reference].new_mrr.mean()
         if np.isfinite(base): axes.axvline(base, color=INK, linewidth=0.8, linestyle=":")
         for y, name in enumerate(names): one_line(axes, y, part[part.variant == name].new_mrr.to_numpy(), "#0b8a83" if name == q.reference else OTHERS)
-        axes.set_title(titles(q, params)[dataset].replace("**", ""), loc="left", wrap=True, fontsize=9)
+        axes.set_title(fill(titles(q, params)[dataset].replace("**", ""), int((width - 1.8) / len(there) / 0.08)), loc="left", fontsize=9)    # inches of a letter
         axes.set(xlabel="MRR on test, new targets", ylim=(len(names) - 0.4, -0.6)); axes.set_yticks(range(len(names)), labels=names); axes.locator_params(axis="x", nbins=4)
     return figure
 

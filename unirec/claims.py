@@ -41,7 +41,7 @@ class Question:
     more_seeds: dict[str, list[int]] = field(default_factory=dict)
     limits: dict[str, dict] = field(default_factory=dict)   # protocol -> variants, seeds, datasets that are trained under it; all where it does not say
     per_set: dict[str, dict] = field(default_factory=dict)       # data set -> changes that all variants have there
-    sets: dict[str, dict] = field(default_factory=dict)     # data sets of this question: like, options, null_world, variants
+    sets: dict[str, dict] = field(default_factory=dict)     # data sets of this question: like, options, null_world, variants; changes: variant -> what it alone has there
     at_test: dict[str, dict] = field(default_factory=dict)  # name -> of: a variant; and what its items look like at test time
     claims: dict[str, dict] = field(default_factory=dict)   # name -> says, ours, over; where (data sets; all)
     smallest: float = 0.05      # a gain below this share of the rival's MRR does not count
@@ -76,6 +76,9 @@ class Question:
         if self.model not in MODELS: yield f"model {self.model!r}, expected one of {', '.join(MODELS)}"
         for what, name in [("reference", self.reference), *(("more_seeds", v) for v in self.more_seeds), *((f"at_test.{t}.of", told.get("of")) for t, told in self.at_test.items())]:
             if name not in self.variants: yield f"{what}: {name!r} is none of the variants {', '.join(self.variants)}"
+        for d, told in self.sets.items():
+            for v in told.get("changes", {}):
+                if v not in self.variants: yield f"sets.{d}.changes: {v!r} is none of the variants {', '.join(self.variants)}"
         for name, told in self.at_test.items():
             if unknown := sorted(set(told) - set(TESTED)): yield f"at_test.{name}: unknown field {', '.join(unknown)}; known are {', '.join(TESTED)}"
         for name, told in self.claims.items():
@@ -116,10 +119,10 @@ def with_sets(params: Mapping, q: Question) -> dict:
 
 # %% ../nbs/18_claims.ipynb #cell-014
 def settings(q: Question, params: Mapping, dataset: str, variant: str, seed: int) -> tuple[dict, dict]:  # parameters; what is changed in the items
-    "All of params.yaml as a variant has it: the budget, the question's base, the data set's, the variant's own."
+    "All of params.yaml as a variant has it: the budget, the question's base, the data set's, the variant's own, its own on that data set."
     budgets = params["questions"]["budgets"]
     if q.budget not in budgets: raise ValueError(f"experiments/{q.name}.yaml: budget {q.budget!r} is none of {', '.join(budgets)}")
-    told = {**budgets[q.budget], **q.base, **q.per_set.get(dataset, {}), **q.variants[variant], "seed": seed}
+    told = {**budgets[q.budget], **q.base, **q.per_set.get(dataset, {}), **q.variants[variant], **q.sets.get(dataset, {}).get("changes", {}).get(variant, {}), "seed": seed}
     data = {k.removeprefix("data."): v for k, v in told.items() if k.startswith("data.")}
     return override(params, {k: v for k, v in told.items() if not k.startswith("data.")}), data
 
