@@ -52,10 +52,11 @@ def spread(x: pd.Series) -> str:
 def table(found: Recorded, params: Mapping) -> str:
     "A table per data set and protocol: figures over seeds, and the difference of each variant to the reference."
     q, out, waiting = found.question, [], []
+    wanted = {(p, d) for p, _, d, _ in jobs(q)}
     for protocol in q.protocols:
         for dataset, title in titles(q, params).items():
             part, title = found.rows[(found.rows.dataset == dataset) & (found.rows.protocol == protocol)], f"{title.replace('**', '')}, {SPLITS.get(protocol, protocol)}"
-            if part.empty: waiting.append(title); continue
+            if part.empty: waiting += [title] if (protocol, dataset) in wanted else []; continue
             there, rows = reciprocal(found, dataset, protocol), [["variant", "seeds", "MRR", "Hit@10", "NDCG@10", "MRR of new targets", f"minus `{q.reference}`", "95% interval", "detectable", "weights"]]
             for name in [n for n in (*q.variants, *q.at_test) if n in there]:
                 own = part[part.variant == name]
