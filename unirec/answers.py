@@ -154,6 +154,7 @@ def overview(root: Path, params: Mapping) -> str:
             counts = table.drop_duplicates(["dataset", "protocol"])[["recorded", "planned"]].sum()
             rows.append([q.title, own["says"], said, f"{int(counts.recorded)} of {len(planned(q))}"])
     parts = [markdown(rows)] if len(rows) > 1 else []
-    if len(done := pd.concat(runs).astype({"seconds": float})) if runs else False: parts.append(f"Recorded are {len(done):,} of {asked:,} planned runs, those at test time alone among them. The training took {done.drop_duplicates('run').seconds.sum() / 3600:.1f} hours of one thread, a stage 1 that runs share counted for each of them.")
+    done = pd.concat([pd.DataFrame(columns=["run", "seconds"]), *runs]).astype({"seconds": float})
+    if len(done): parts.append(f"Recorded are {len(done):,} of {asked:,} planned runs, those at test time alone among them. The training took {done.drop_duplicates('run').seconds.sum() / 3600:.1f} hours of one thread, a stage 1 that runs share counted for each of them.")
     if waiting: parts.append("Claims that are not run yet: " + ", ".join(f"{title} ({n})" for title, n in waiting.items()) + ".")
     return "\n\n".join(parts)
