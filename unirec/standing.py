@@ -170,7 +170,7 @@ def standing_markdown(
     sets: Mapping[str, dict],  # data set -> its settings; `synthetic` and `title` are read
     wanted: Mapping[str, int] | None = None,  # data set -> how many runs the comparison has
 ) -> str:
-    "The comparison as Markdown: the sentence over all, then for each data set what has run, sentences and tables"
+    "The comparison as Markdown: the sentence over all, then for each data set what has run, sentences, and tables that are folded"
     tables = {name: table for name in sets if (table := read_compare(results, name)) is not None}
     def called(name):
         return f"{name} (synthetic)" if sets[name].get("synthetic") is True else name
@@ -183,7 +183,7 @@ def standing_markdown(
             heads = ["model", "MRR", "seeds", "difference", "95% interval", "p (Holm)", "smallest difference found", "verdict"]
             lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * 6 + "---|"]
             lines += ["| " + " | ".join([plain(row["model"]), row["mrr"] + (f" ± {row['sd']}" if row["sd"] else ""), str(row["seeds"]), row["difference"], row["interval"], plain(row["p"]), row["detectable"], row["verdict"]]) + " |" for row in rows]
-            parts += [f"*{plain(title)}.* {plain(said(table, protocol))}", "\n".join(lines)]
+            parts += [f"*{plain(title)}.* {plain(said(table, protocol))}", f"<details><summary>All {len(rows)} models: {escape(called(name))}, {escape(title)}</summary>", "\n".join(lines), "</details>"]
     parts += [f"**{plain(called(name))}.** {progress(results, name, (wanted or {}).get(name))}" for name in idle]
     return "\n\n".join(parts) + "\n"
 
