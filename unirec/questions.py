@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['there', 'chosen', 'relabelled', 'seen', 'speaker', 'moved_to', 'train_one', 'lazy', 'tested', 'row_of', 'curve_of',
            'keep', 'put', 'elsewhere', 'code_of', 'content_of', 'ask', 'marked', 'do', 'look', 'write_verdicts', 'drop',
-           'main']
+           'some', 'main']
 
 # %% ../nbs/19_questions.ipynb #cell-003
 import argparse
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from torch import Tensor
 
-from .claims import Question, Recorded, jobs, judge, pairs, planned, read_rows, recorded, run_name, settings, tested_with, with_sets
+from .claims import Question, Recorded, checked, jobs, judge, pairs, planned, read_mapping, read_ranks, read_rows, recorded, run_name, settings, tested_with
 from .comparison import Loaded, figures, first_times, load_for, rank_table
 from .datasets import SetSpec, download
 from .diagnostics import schema_confusion
@@ -182,7 +182,7 @@ def content_of(found: Loaded, elsewhere: Loaded | None) -> str:
 def ask(path: Path, root: Path = Path("."), only: list[str] | None = None, seeds: list[int] | None = None, protocol: str | None = None, variants: list[str] | None = None) -> int:
     "Do the runs of a question that are not recorded, all or those of some data sets, seeds, a protocol, some trained variants; returns how many were trained."
     q, count = Question.read(path), 0
-    params = with_sets(yaml.safe_load((root / "params.yaml").read_text()), q)
+    params = checked(q, read_mapping(root / "params.yaml"))
     code, loaded = code_of(q), {}
     def data_of(dataset: str, p: str) -> Loaded | None:
         if (dataset, p) not in loaded: loaded[dataset, p] = load_for(root, params, dataset, p) if there(root, params, dataset) else None
@@ -190,7 +190,7 @@ def ask(path: Path, root: Path = Path("."), only: list[str] | None = None, seeds
     for p, seed, dataset, variant in jobs(q):
         if not (only is None or dataset in only) or not (seeds is None or seed in seeds) or protocol not in (None, p) or not (variants is None or variant in variants): continue
         if (found := data_of(dataset, p)) is None: continue
-        todo, have = {}, set(read_rows(root, q.name).run)
+        todo, have = {}, set(read_rows(root, q.name).run) & set(read_ranks(root, q.name).run.astype(str))    # a row without ranks is no run
         for name, changes in tested_with(q, dataset, variant).items():
             other = data_of(changes["set"], p) if "set" in changes else None
             if "set" in changes and other is None: continue
@@ -226,7 +226,7 @@ def do(root: Path, q: Question, params: Mapping, found: Loaded, at: tuple[str, i
 def look(root: Path, name: str) -> tuple[Recorded, dict]:  # of a file in experiments/; what is recorded, and the parameters
     "Everything that is recorded of a question, read from committed files alone."
     q = Question.read(root / "experiments" / f"{name}.yaml")
-    params = with_sets(yaml.safe_load((root / "params.yaml").read_text()), q)
+    params = checked(q, read_mapping(root / "params.yaml"))
     return recorded(root, q, params, code_of(q)), params
 
 # %% ../nbs/19_questions.ipynb #cell-036
@@ -256,8 +256,16 @@ def drop(root: Path, q: Question, kept: set[str]) -> None:
             old[old.run.isin(kept)].astype({"run": "category"}).to_parquet(path, index=False, compression="zstd")
 
 # %% ../nbs/19_questions.ipynb #cell-041
-def main(argv: list[str] | None = None) -> None:
-    "`python -m unirec.questions experiments/<question>.yaml`"
+def some(option: str | None, name: str, known: Iterable) -> list | None:
+    "The parts of an option, each of which has to be one of the known; None where it was not given."
+    if option is None: return None
+    by_text = {str(k): k for k in known}
+    parts = [part.strip() for part in option.split(",")]
+    if unknown := [p for p in parts if p not in by_text]: raise ValueError(f"--{name}: {unknown[0]!r} is none of {', '.join(by_text)}")
+    return [by_text[p] for p in parts]
+
+def main(argv: list[str] | None = None) -> int:  # exit code
+    "`python -m unirec.questions experiments/<question>.yaml`: 0, or 2 and one line on stderr where the input is bad."
     parser = argparse.ArgumentParser(prog="python -m unirec.questions", description="Run what a question has not run yet, and judge it.")
     parser.add_argument("question", type=Path, nargs="+", help="files in experiments/")
     parser.add_argument("--only", help="some of its data sets, with commas between them")
@@ -267,9 +275,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--judge", action="store_true", help="run nothing, write the verdicts of what is recorded")
     parser.add_argument("--prune", action="store_true", help="with --judge: drop what was run with other settings or on other data")
     args = parser.parse_args(argv)
-    for path in args.question:
-        if not args.judge: ask(path, only=args.only and args.only.split(","), seeds=args.seeds and [int(s) for s in args.seeds.split(",")], protocol=args.protocol, variants=args.variants and args.variants.split(","))
-        print(write_verdicts(path, prune=args.prune and args.judge).to_string(index=False))
+    if args.prune and not args.judge: parser.error("--prune goes with --judge")
+    try:
+        for path in args.question:
+            q = Question.read(path)
+            only, seeds, variants = some(args.only, "only", q.datasets), some(args.seeds, "seeds", q.every_seed()), some(args.variants, "variants", q.variants)
+            protocol = some(args.protocol, "protocol", q.protocols)
+            if not args.judge: ask(path, only=only, seeds=seeds, protocol=protocol and protocol[0], variants=variants)
+            print(write_verdicts(path, prune=args.prune).to_string(index=False))
+    except (ValueError, OSError) as error:
+        print("unirec.questions: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
 
-# %% ../nbs/19_questions.ipynb #cell-042
-if __name__ == "__main__" and "get_ipython" not in globals(): main()
+# %% ../nbs/19_questions.ipynb #cell-044
+if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

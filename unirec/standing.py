@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'COMPARE', 'VERDICTS', 'RULES', 'BREAKDOWNS', 'LISTS', 'TIES', 'RETRIEVAL', 'read_compare', 'against',
-           'p_text', 'standing_cells', 'lead', 'said', 'overall', 'progress', 'robustness', 'plain',
+           'p_text', 'standing_cells', 'lead', 'on_new', 'said', 'overall', 'progress', 'robustness', 'plain',
            'standing_markdown', 'standing_view', 'behind_view']
 
 # %% ../nbs/15_standing.ipynb #cell-002
@@ -82,6 +82,17 @@ def lead(
     return row, base.iloc[0], row["difference"] / base.iloc[0]["mrr"]
 
 
+def on_new(
+    table: pd.DataFrame,  # what `read_compare` returned
+    protocol: str,
+    model: str,
+    reference: str,
+) -> tuple[float, float, str] | None:  # MRR of both over the targets that are new to their users, verdict; None: not compared (all targets are new)
+    "The same over the targets that a user has not had before"
+    new = against(table, protocol, "full_new").set_index("model")
+    return (new.loc[model, "mrr"], new.loc[reference, "mrr"], new.loc[model, "verdict"]) if {model, reference} <= set(new.index) else None
+
+
 def said(
     table: pd.DataFrame,  # what `read_compare` returned
     protocol: str,
@@ -95,9 +106,8 @@ def said(
         return f"{'leads' if part > 0 else 'trails'} by {abs(part):.1%}" if part else "equals it"
     text = (f"{row['model']} (the best UniRec on valid) has a test MRR of {row['mrr']:.4f}, {base['model']} (the best opponent on valid) {base['mrr']:.4f}: UniRec {way(relative)}, "
             f"verdict: {row['verdict']} ({row['low']:+.4f} to {row['high']:+.4f}, p {p_text(row['holm_both'])} after Holm; a difference of {row['detectable']:.4f} would be found four times in five{'' if row['seeds'] > 1 else '; one seed, so nothing is known of others'}).")
-    new = against(table, protocol, "full_new").set_index("model")
-    if {row["model"], base["model"]} <= set(new.index):
-        text += f" Over the targets that the user has not had before: {new.loc[row['model'], 'mrr']:.4f} against {new.loc[base['model'], 'mrr']:.4f}, verdict: {new.loc[row['model'], 'verdict']}."
+    if (new := on_new(table, protocol, row["model"], base["model"])) is not None:
+        text += f" Over the targets that the user has not had before: {new[0]:.4f} against {new[1]:.4f}, verdict: {new[2]}."
     other = against(table, protocol, by="test")
     other = other[other["model"] == row["model"]]
     if other.empty or other.iloc[0]["reference"] == base["model"]:
@@ -112,7 +122,8 @@ def overall(
 ) -> str:  # empty where nothing is compared
     "On how many data sets the best UniRec is better, worse or undecided against the best opponent"
     found = {name: lead(against(table, protocol)) for name, table in tables.items()}
-    found = {name: (row["verdict"], f"{name} {relative:+.1%}") for name, (row, _, relative) in ((name, one) for name, one in found.items() if one is not None)}
+    new = {name: on_new(tables[name], protocol, one[0]["model"], one[1]["model"]) for name, one in found.items() if one is not None}
+    found = {name: (row["verdict"], f"{name} {relative:+.1%}" + (f", over targets new to their users {new[name][2]}" if new[name] else "")) for name, (row, _, relative) in ((name, one) for name, one in found.items() if one is not None)}
     if not found:
         return ""
     counts = [(word, [text for verdict, text in found.values() if verdict == word]) for word in ("better", "undecided", "worse")]
