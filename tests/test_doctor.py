@@ -1,5 +1,6 @@
 """`unirec doctor`, the dry run at tiny widths, and the committed one of the paper's profile."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -105,9 +106,40 @@ def test_the_committed_estimate_follows_from_the_profile(root, committed):
 
 @pytest.mark.parametrize("words, told", [
     (["--items", "5"], "belong to --dry-run"), (["--dry-run", "--events", "0"], "--events 0: at least 1"), (["--dry-run", "--profile", "mini"], "has no `models`"),
-    (["--profile", "papper"], "expected one of mini, paper, paper-tiny"), (["--root", "nowhere"], "no folder profiles/ there")])
+    (["--profile", "papper"], "expected one of mini, paper, paper-tiny"), (["--root", "nowhere"], "no folder profiles/ there"),
+    (["--dry-run", "--profile", "paper-tiny", "--tokenizer", "/nope"], "--tokenizer /nope: there is no tokenizer.json")])
 def test_what_is_wrong_is_said_in_one_line(root, words, told, capsys, monkeypatch):
     monkeypatch.chdir(root)
     assert cli.main(["doctor", *words]) == 2
     err = capsys.readouterr().err
     assert told in err and err.count("\n") == 1 and err.startswith("unirec: error: ")
+
+
+@pytest.fixture
+def project(root, tmp_path):
+    "A copy of what the doctor reads."
+    for name in ("profiles", "requirements"): shutil.copytree(root / name, tmp_path / name)
+    shutil.copy(root / "params.yaml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text, told", [("", "the file is empty"), ("- a\n", "the file is a list"), ("title: {\n", "not YAML"), ("base: paper\nmemory: [{gbb: 9}]\n", "memory, line 1: gbb is not a field")])
+def test_a_broken_profile_does_not_hide_the_others(project, text, told, capsys, monkeypatch):
+    monkeypatch.setattr("unirec.doctor.at_hand", lambda uri, root: (False, "not looked for"))
+    (project / "profiles" / "wrong.yaml").write_text(text)
+    (project / "profiles" / "gpus.yaml").write_text("")
+    assert cli.main(["doctor", "--root", str(project)]) == 0
+    out = capsys.readouterr().out
+    assert told in out.partition("Profile wrong: cannot be used")[2] and all(f"Profile {n}: {read_profile(n, project).title}" in out for n in ("mini", "paper", "paper-tiny"))
+    assert cli.main(["doctor", "--root", str(project), "--profile", "wrong"]) == 2
+    err = capsys.readouterr().err
+    assert "profiles/wrong.yaml" in err and told in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, words", [("params.yaml", []), ("profiles/gpus.yaml", ["--dry-run", "--profile", "paper-tiny"])])
+@pytest.mark.parametrize("text, told", [("", "the file is empty"), ("- a\n", "the file is a list"), ("a: {\n", "not YAML")])
+def test_a_broken_file_is_named(project, name, words, text, told, capsys):
+    (project / name).write_text(text)
+    assert cli.main(["doctor", "--root", str(project), *words]) == 2
+    err = capsys.readouterr().err
+    assert name in err and told in err and err.count("\n") == 1

@@ -195,7 +195,10 @@ def test_every_value_of_the_paper_has_a_source(root):
     ("title: x\nbase: paper\nparams: {llm: {rank: many}}\n", "llm.rank is a text ('many'), expected a number as 16"),
     ("title: x\nbase: paper\nparams: {}\nmodel: {}\n", "profiles/wrong.yaml: model is not a field"),
     ("title: x\nbase: wrong\nparams: {}\n", "leads back to itself"),
-    ("title: x\nparams: {}\n", "profiles/wrong.yaml: memory is missing")])
+    ("title: x\nparams: {}\n", "profiles/wrong.yaml: memory is missing"),
+    ("", "profiles/wrong.yaml: expected a mapping of names to values, the file is empty"), ("- a\n", "wrong.yaml: expected a mapping of names to values, the file is a list"), ("title: {\n", "wrong.yaml, row 2: not YAML"),
+    ("base: papper\n", "profiles/wrong.yaml: base 'papper', expected one of paper, wrong"), ("base: paper\nparams: {datasets: [nope]}\n", "profiles/wrong.yaml: params.datasets is ['nope'], expected some of the sets"),
+    ("base: paper\nmemory: [{gb: 9999, set: {}}]\n", "profiles/wrong.yaml: memory has no line for"), ("base: paper\nmemory: [{gbb: 9}]\n", "profiles/wrong.yaml: memory, line 1: gbb is not a field"), ("base: paper\nneeds: {}\n", "profiles/wrong.yaml: needs: gpu_gb is missing")])
 def test_a_wrong_profile_is_one_line(root, tmp_path, capsys, text, told):
     (tmp_path / "profiles").mkdir()
     for name in ("params.yaml", "profiles/paper.yaml"): (tmp_path / name).write_text((root / name).read_text())

@@ -1,4 +1,6 @@
 """What the recommender says is what the evaluation ranked: on the toy, and on real artefacts where the pipeline has left them."""
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from unirec import cli
 from unirec.metrics import full_ranks
-from unirec.recommend import COUNTING, Recommender
+from unirec.pipeline import stage_params
+from unirec.recommend import COUNTING, Recommender, same_settings
 from unirec.steps import MODELS
 
 
@@ -77,7 +81,9 @@ def test_a_new_item_ranks_as_if_it_were_in_the_catalogue(toy):
     (lambda r: r.user("nobody"), "user 'nobody' is unknown"), (lambda r: r.history(["x"]), "item 'x' is unknown"), (lambda r: r.history([]), "at least one item id"), (lambda r: r.history("abc"), "a list of at least one item id"),
     (lambda r: r.history(r.data.items.item_id[:2].tolist(), times=[1]), "1 times for 2 items"), (lambda r: r.history(r.data.items.item_id[:2].tolist(), times=[2, 1]), "not ordered"),
     (lambda r: r.user(r.users[0], top=0), "top 0"), (lambda r: r.new_item({"weight": 3}), "attribute 'weight' is unknown"), (lambda r: r.new_item({}), "at least one attribute"),
-    (lambda r: r.new_item({"price": "cheap"}), "'price': 'cheap' is no number"), (lambda r: r.new_item({"rating_number": 5}), "computed from events of train")])
+    (lambda r: r.new_item({"price": "cheap"}), "'price': 'cheap' is no number"), (lambda r: r.new_item({"rating_number": 5}), "computed from events of train"),
+    (lambda r: r.new_item({"price": ["1", "2"]}), "attribute 'price': 2 values, expected one number"), (lambda r: r.new_item({"title": {"x": 1}}), "attribute 'title': .* is no text"), (lambda r: r.new_item({"brand": "   "}), "at least one attribute"),
+    (lambda r: r.new_item({"picture": ["a", "b"]}), "attribute 'picture': 2 values, expected one image"), (lambda r: r.new_item({"price": "1_000"}), "attribute 'price': '1_000' is no number"), (lambda r: r.new_item({"price": -5}), "attribute 'price': -5 is no number from 0")])
 def test_bad_questions_get_one_clear_error(ask, told, toy):
     with pytest.raises(ValueError, match=told): ask(toy[0])
 
@@ -90,12 +96,57 @@ def test_missing_artefacts_name_their_stage(tmp_path, toy_project):
     with pytest.raises(FileNotFoundError, match="params.yaml: there is no such file"): Recommender.load("toy", root=tmp_path)
 
 
+@pytest.fixture
+def project(toy_project, tmp_path) -> tuple[Path, dict]:
+    "A project's folder with copies of the toy's artefacts, its params.yaml, and what the stages ran with."
+    made, params = toy_project
+    for name in ("prepared", "embeddings", "models"): shutil.copytree(made / name, tmp_path / name)
+    (tmp_path / "reports" / "runs" / "toy").mkdir(parents=True)
+    for stage in ("prepare", "embed", "pretrain", "finetune"): (tmp_path / "reports" / "runs" / "toy" / f"run_{stage}.json").write_text(json.dumps({"params": stage_params(params, stage, "toy")}))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    return tmp_path, params
+
+
+def told(project: Path, capsys) -> str:
+    "The one line that `unirec recommend` ends with."
+    assert cli.main(["recommend", "--dataset", "toy", "--root", str(project), "--user", "x"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.splitlines()[-1].startswith("unirec: error: ")
+    return err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("path, value, expected", [
+    ("llm.layers", 3, "models/toy was trained with other settings (llm.layers: 2, now 3); run `dvc repro`"), ("llm.prompt", "Once", "now Once); run"), ("llm.alpha", 16, "(llm.alpha: 8, now 16)"),
+    ("sets.toy.schema.price.type", "text", "price.type: number, now text"), ("sets.toy.schema.price.scale", "linear", "price.scale: log, now linear"), ("sets.toy.title", "another name", "user 'x' is unknown")])
+def test_a_model_of_other_settings_does_not_answer(path, value, expected, project, capsys):
+    root, params = project
+    changed = at = json.loads(json.dumps(params))
+    *parents, last = path.split(".")
+    for name in parents: at = at[name]
+    at[last] = value
+    (root / "params.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
+    assert expected in told(root, capsys)
+
+
+@pytest.mark.parametrize("name, change, expected", [
+    ("models/toy/finetune/unirec.safetensors", lambda p: p.write_bytes(b""), "unirec.safetensors: cut or damaged"), ("embeddings/toy/manifest.json", lambda p: p.write_text("{"), "manifest.json: cut or damaged"), ("prepared/toy/test.parquet", lambda p: p.write_bytes(p.read_bytes()[:-9]), "test.parquet: cut or damaged"),
+    ("prepared/toy/train.parquet", lambda p: pd.read_parquet(p)[:-1].to_parquet(p), "train.parquet"), ("prepared/toy/train.parquet", lambda p: pd.read_parquet(p).drop(columns="timestamp").to_parquet(p), "train.parquet: column timestamp is missing"),
+    ("prepared/toy/users.parquet", lambda p: pd.read_parquet(p)[::-1].to_parquet(p), "users.parquet"), ("prepared/toy/test.parquet", lambda p: pd.read_parquet(p).sample(frac=1, random_state=0).to_parquet(p), "test.parquet: expected the users"),
+    ("params.yaml", lambda p: p.write_text(""), "params.yaml: expected a mapping"), ("params.yaml", lambda p: p.write_text("- a"), "params.yaml: expected a mapping"), ("params.yaml", lambda p: p.write_text("a: {"), "params.yaml, row 1: not YAML"), ("params.yaml", lambda p: p.write_text("seed: 0"), "params.yaml: the block 'sets' is missing"),
+    ("prepared/toy/candidates.npy", lambda p: p.write_bytes(b""), "user 'x' is unknown")])     # which is not read
+def test_damaged_artefacts_are_named_in_one_line(name, change, expected, project, capsys):
+    root, _ = project
+    change(root / name)
+    assert expected in told(root, capsys)
+
+
 @pytest.mark.parametrize("dataset", ["sample", "movielens"])
 def test_ranks_of_the_real_runs(dataset, root):
     "Where `make repro` has run: the ranks it wrote, of some users. The artefacts have to be those of params.yaml."
     made = root / "predictions" / dataset / "ranks.parquet"
     if not made.is_file() or not (root / "models" / dataset / "finetune").is_dir(): pytest.skip("the pipeline has not run here")
-    if yaml.safe_load((root / "params.yaml").read_text())["model"] != yaml.safe_load((root / "reports" / "runs" / dataset / "run_evaluate.json").read_text())["params"]["model"]: pytest.skip("params.yaml has changed since the pipeline ran")
+    try: same_settings(Path(root), dataset, yaml.safe_load((root / "params.yaml").read_text()))
+    except ValueError as error: pytest.skip(f"params.yaml has changed since the pipeline ran: {error}")
     written = pd.read_parquet(made)
     for model in MODELS:
         r = Recommender.load(dataset, model, Path(root))

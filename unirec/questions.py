@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .claims import Question, Recorded, checked, jobs, judge, pairs, planned, read_mapping, read_ranks, read_rows, recorded, run_name, settings, tested_with
+from .claims import Question, Recorded, checked, jobs, judge, pairs, planned, read_ranks, read_rows, recorded, run_name, settings, tested_with
 from .comparison import Loaded, figures, first_times, load_for, rank_table
 from .datasets import SetSpec, download
 from .diagnostics import schema_confusion
@@ -29,6 +29,7 @@ from .experiments import both_stages, digest
 from .fingerprint import code_key
 from .opponents import Trained, lock, model_code, ready
 from .prepare import prepare
+from .profiles import read_yaml
 from .recommender import UniRec
 from .schema import TYPES
 from .steps import Data, embed, towers
@@ -182,7 +183,7 @@ def content_of(found: Loaded, elsewhere: Loaded | None) -> str:
 def ask(path: Path, root: Path = Path("."), only: list[str] | None = None, seeds: list[int] | None = None, protocol: str | None = None, variants: list[str] | None = None) -> int:
     "Do the runs of a question that are not recorded, all or those of some data sets, seeds, a protocol, some trained variants; returns how many were trained."
     q, count = Question.read(path), 0
-    params = checked(q, read_mapping(root / "params.yaml"))
+    params = checked(q, read_yaml(root / "params.yaml"))
     code, loaded = code_of(q), {}
     def data_of(dataset: str, p: str) -> Loaded | None:
         if (dataset, p) not in loaded: loaded[dataset, p] = load_for(root, params, dataset, p) if there(root, params, dataset) else None
@@ -226,7 +227,7 @@ def do(root: Path, q: Question, params: Mapping, found: Loaded, at: tuple[str, i
 def look(root: Path, name: str) -> tuple[Recorded, dict]:  # of a file in experiments/; what is recorded, and the parameters
     "Everything that is recorded of a question, read from committed files alone."
     q = Question.read(root / "experiments" / f"{name}.yaml")
-    params = checked(q, read_mapping(root / "params.yaml"))
+    params = checked(q, read_yaml(root / "params.yaml"))
     return recorded(root, q, params, code_of(q)), params
 
 # %% ../nbs/19_questions.ipynb #cell-036

@@ -41,9 +41,10 @@ class Attribute:
 
     def __post_init__(self):
         if not self.name or not self.name.strip(): raise ValueError("an attribute needs a name that is not empty")
-        if self.type not in TYPES: raise ValueError(f"attribute {self.name!r}: type {self.type!r} is unknown, use one of {sorted(TYPES)}")
+        if not isinstance(self.type, str) or self.type not in TYPES: raise ValueError(f"attribute {self.name!r}: type {self.type!r} is unknown, use one of {sorted(TYPES)}")
         if not self.source: raise ValueError(f"attribute {self.name!r}: needs a source, the raw field that it is read from")
         if self.split is not None and self.type != "category": raise ValueError(f"attribute {self.name!r}: `split` is for categories, not {self.type}")
+        if self.split is not None and not isinstance(self.split, str): raise ValueError(f"attribute {self.name!r}: split {self.split!r}, expected a text such as '|'")
         if self.scale not in ("linear", "log"): raise ValueError(f"attribute {self.name!r}: scale {self.scale!r}, use linear or log")
         if self.from_train and self.type != "number": raise ValueError(f"attribute {self.name!r}: {self.source} is a number, not {self.type}")
 
@@ -93,7 +94,7 @@ class Schema:
         out = []
         for name, spec in block.items():
             if not isinstance(spec, Mapping): raise ValueError(f"schema.{name}: expected {{type: ..., source: ...}}, got {spec!r}")
-            unknown = sorted(set(spec) - set(FIELDS))
+            unknown = sorted(set(map(str, spec)) - set(FIELDS))
             if unknown: raise ValueError(f"schema.{name}: unknown field {', '.join(unknown)}; known are {', '.join(FIELDS)}")
             if "type" not in spec: raise ValueError(f"schema.{name}: `type` is missing, one of {sorted(TYPES)}")
             out.append(Attribute(str(name), spec["type"], str(spec.get("source", name)), spec.get("split"), spec.get("scale", "linear")))
