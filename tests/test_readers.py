@@ -576,12 +576,12 @@ def test_a_user_with_one_event_is_left_out_and_counted(shop):
 
 
 def test_a_set_that_is_empty_after_the_k_core_is_an_error(shop):
-    with pytest.raises(ValueError, match=r"no event is left after the k-core \(users >= 9, items >= 1\) of 31 events"): prepare(shop[0] / "raw", spec("table", SIMPLE, k_core_users=9), shop[0] / "out", 3)
+    with pytest.raises(ValueError, match=r"no event is left after the k-core \(users >= 9, items >= 1\) of 31 events"): prepare(shop[0] / "raw", spec("table", COUNTED, k_core_users=9), shop[0] / "out", 3)
     assert not (shop[0] / "out").exists()
 
 
 def test_users_that_cannot_be_split_are_an_error(shop):
-    with pytest.raises(ValueError, match="1 users have fewer than 3 events"): prepare(shop[0] / "raw", spec("table", SIMPLE), shop[0] / "out", 3)
+    with pytest.raises(ValueError, match="1 users have fewer than 3 events"): prepare(shop[0] / "raw", spec("table", COUNTED), shop[0] / "out", 3)
 
 
 @pytest.mark.parametrize("rule, kept", [("keep", 31), ("first", 19), ("last", 19)])
