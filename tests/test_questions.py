@@ -239,4 +239,5 @@ def test_the_verdicts_are_those_of_the_runs(root, name):
 
 
 def test_results_stay_small(root):
-    assert sum(f.stat().st_size for f in (root / "experiments/results").iterdir()) < 3_000_000
+    "Git keeps the ranks of all runs under both protocols: under five megabytes now that nearly all of the plan is recorded."
+    assert sum(f.stat().st_size for f in (root / "experiments/results").iterdir()) < 6_000_000
