@@ -189,7 +189,7 @@ def checked(q: Question, params: Mapping) -> dict:  # params: of params.yaml
     out = with_sets(params, q)
     for dataset in q.datasets:
         known = {}
-        for _, _, _, v in dict.fromkeys((0, 0, 0, v) for _, _, d, v in jobs(q) if d == dataset):
+        for v in dict.fromkeys(v for _, _, d, v in jobs(q) if d == dataset):
             own, data = settings(q, out, dataset, v, 0)
             if (first := known.setdefault(digest(named({k: own[k] for k in ("model", "pretrain", "llm", "finetune")}), data), v)) != v: raise ValueError(f"experiments/{q.name}.yaml: on {dataset} the variants {first!r} and {v!r} have the same settings, so they would be one run; change one or leave it out")
     return out
@@ -235,7 +235,7 @@ def read_ranks(root: Path, name: str) -> pd.DataFrame:  # run, user, position, f
     path = Path(root) / "experiments" / "results" / f"{name}.ranks.parquet"
     if not path.exists(): return pd.DataFrame({c: [] for c in ("run", "user", "position", "full", "new")})
     try: ranks = pd.read_parquet(path, columns=["run", "user", "position", "full", "new"])
-    except Exception as error: raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); take its last committed state (`git checkout`), or delete it: the runs are made again") from None
+    except (OSError, ValueError, KeyError) as error: raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); take its last committed state (`git checkout`), or delete it: the runs are made again") from None
     wrong = ~(np.isfinite(ranks.full.to_numpy(float)) & (ranks.full.to_numpy(float) >= 1))
     if wrong.any(): raise ValueError(f"{path}: run {ranks.run[wrong.argmax()]}, user {ranks.user[wrong.argmax()]} has rank {ranks.full[wrong.argmax()]}, expected 1 or more; take its last committed state")
     return ranks
