@@ -39,9 +39,9 @@ def tested_on(q: Question, dataset: str, name: str) -> str:
 
 def means(budget: Mapping, params: Mapping) -> str:  # budget: one of `questions.budgets`
     "What a budget is in words."
-    own = {k: budget.get(k, params[k.split(".")[0]].get(k.split(".")[1])) for k in ("llm.adapt", "llm.layers", "llm.weights")} if "llm" in params else {}
+    own = {k: budget.get(k, params[k.split(".")[0]].get(k.split(".")[1])) for k in ("llm.adapt", "llm.layers", "llm.uri")} if "llm" in params else {}
     if own.get("llm.adapt") == "none": return "No language model is in these runs: the query is made of the user tokens alone."
-    return f"The language model is the first {own['llm.layers']} layers of `{own['llm.weights']}`, unless a variant says otherwise." if own.get("llm.layers") else ""
+    return f"The language model is the first {own['llm.layers']} layers of `{Path(own['llm.uri']).name}`, unless a variant says otherwise." if own.get("llm.layers") else ""
 
 def opening(found: Recorded, params: Mapping) -> str:
     "The claim, what would refute it, the rule, the command, and how much of it is there."
@@ -140,7 +140,7 @@ def answer(found: Recorded, params: Mapping, protocol: str = "leave_one_out") ->
             text += f" In the null world *{names[r.dataset]}* no gain is found, as there is none {rest}." if r.verdict != "holds" else f" **In the null world *{names[r.dataset]}* the rule says \"holds\", which is a false alarm {rest}" + (": what it finds elsewhere is not what the claim says.**" if (real.verdict == "holds").any() else ".**")
         for other in q.protocols:
             there = verdicts[(verdicts.claim == claim) & (verdicts.protocol == other) & ~verdicts.null]
-            if other != protocol and len(words := in_places(there, names)): text += f" With the {SPLITS.get(other, other)}: {'; '.join(words)} ({'; '.join(f'{r.difference:+.4f} to `{r.rival}`, {p_word(r.holm)}' for r in there.itertuples() if np.isfinite(r.difference))})."
+            if other != protocol and len(words := in_places(there, names)): text += f" With the {SPLITS.get(other, other)}: {'; '.join(words)} ({'; '.join(f'on {names[r.dataset]} {r.difference:+.4f} MRR to `{r.rival}`, {p_word(r.holm)}' for r in there.itertuples() if np.isfinite(r.difference))})."
         out.append(text)
     return "\n\n".join(out)
 

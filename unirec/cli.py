@@ -15,11 +15,10 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 from .datasets import RAW_FILES, READERS, SetSpec
 from .prepare import prepare
 from .presets import PRESETS, preset, preset_yaml
+from .profiles import read_yaml
 from .propose import propose_file
 from .quality import quality_text
 from .schema import one_line, read_schema
@@ -108,16 +107,12 @@ def add_prepare(commands) -> None:
 # %% ../nbs/20_cli.ipynb #cell-014
 def attributes_of(args: argparse.Namespace) -> dict:
     "The attributes of a new item: those of the file of --item, then each --attribute NAME=VALUE; a name given twice has several values."
-    given = {}
-    if args.item:
-        try: given = yaml.safe_load(args.item.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f"{args.item}: not YAML or JSON ({str(error).splitlines()[0]})") from None
-        if not isinstance(given, Mapping): raise ValueError(f"{args.item}: expected a mapping of attributes to values, got {type(given).__name__}")
+    given = read_yaml(args.item) if args.item else {}
     for word in args.attribute or []:
         name, equals, value = word.partition("=")
         if not equals: raise ValueError(f"--attribute {word!r}: expected NAME=VALUE")
         given = given | {name: value if name not in given else [*(given[name] if isinstance(given[name], list) else [given[name]]), value]}
-    return dict(given)
+    return given
 
 # %% ../nbs/20_cli.ipynb #cell-015
 def as_text(table, width: int = 44  # characters of a cell at most
