@@ -20,7 +20,7 @@ import yaml
 from scipy import stats
 
 from .experiments import digest, named, override
-from .profiles import read_yaml
+from .schema import read_yaml
 from .significance import detectable, holm, one_start, seeds_and_users, verdict
 from .steps import MODELS
 
@@ -265,7 +265,7 @@ def recorded(root: Path, q: Question, params: Mapping, code: str) -> Recorded:  
 
 # %% ../nbs/18_claims.ipynb #cell-027
 LEAST_SEEDS = 3
-RULE = ("**The rule**, written before the runs and changed three times after a look (the chapter on the rule counts what that did). A claim names the form it speaks for and its rivals. Per data set and protocol, the difference of the test MRR to each rival, over the targets that are new to their users, is tested over users and seeds (seed by seed where both go on from one stage 1, or are one model), with Holm's correction over all pairs "
+RULE = ("**The rule**, written with the first runs and changed three times after a look (the chapter on the rule counts what that did). A claim names the form it speaks for and its rivals. Per data set and protocol, the difference of the test MRR to each rival, over the targets that are new to their users, is tested over users and seeds (seed by seed where both go on from one stage 1, or are one model), with Holm's correction over all pairs "
         "of the question there. It **holds** where the form is better than every rival: corrected p below 0.05. It **does not hold** where at least one rival is better by the same measure, or where the whole interval to a "
         "rival (corrected for the number of pairs) lies below the smallest gain that counts, {smallest:.0%} of the rival's MRR. Everything else is **undecided**, and the smallest difference that would be found four times in five stands beside it. "
         f"With fewer than {LEAST_SEEDS} seeds on either side, or fewer in which the two are not one model to the last weight, nothing is decided. In a null world, where nothing can be gained, the claim must not hold.")
@@ -310,18 +310,20 @@ def strict(ours: np.ndarray, theirs: np.ndarray, level: float = 0.95) -> dict[st
     wide = {"low": ends.low, "high": ends.high, "df": welch.df, "se": float(np.hypot(*(stats.sem(x.mean(1)) for x in (ours, theirs))))} if ends.high - ends.low > over_both["high"] - over_both["low"] else {}
     return over_both | wide | {"p": max(over_both["p"], float(welch.pvalue))}
 
-RULES = {"now": {}, "first": {"every": True, "apart": True}, "strict": {"stricter": True}}   # keywords of `pairs`
+RULES = {"now": {}, "first": {"every": True, "apart": True}, "strict": {"stricter": True}, "differing": {"differing": True}}   # keywords of `pairs`
 
 def pairs(found: Recorded, every: bool = False,  # over every target, not the new ones alone
           apart: bool = False,                   # seeds of all forms are drawn apart
-          stricter: bool = False) -> pd.DataFrame:  # a row per data set, protocol, claim and rival
+          stricter: bool = False,
+          differing: bool = False                # without the seeds in which both are one model
+          ) -> pd.DataFrame:                     # a row per data set, protocol, claim and rival
     "Every form beside each of its rivals."
     q, out = found.question, []
     for protocol in q.protocols:
         for dataset in q.datasets:
             names, there = {n for p, _, d, n in planned(q) if (p, d) == (protocol, dataset)}, reciprocal(found, dataset, protocol, every)
             own = [(c, told, rival) for c, told in q.claims.items() if dataset in told.get("where", q.datasets) for rival in told["over"] if {told["ours"], rival} <= names]
-            rows = [{"dataset": dataset, "protocol": protocol, "claim": c, "ours": told["ours"], "rival": rival} | one_pair(there.get(told["ours"]), there.get(rival), q.smallest, len(own), not apart and start(q, told["ours"]) == start(q, rival), strict if stricter else seeds_and_users) for c, told, rival in own]
+            rows = [{"dataset": dataset, "protocol": protocol, "claim": c, "ours": told["ours"], "rival": rival} | one_pair(there.get(told["ours"]), there.get(rival), q.smallest, len(own), not apart and start(q, told["ours"]) == start(q, rival), strict if stricter else seeds_and_users, differing) for c, told, rival in own]
             corrected = holm(pd.Series([r["p"] for r in rows], dtype=float)) if rows else []
             for r, p in zip(rows, corrected):
                 few = r["word"] or (min(r["seeds"], r["rival_seeds"]) < LEAST_SEEDS and "few seeds")
@@ -331,19 +333,22 @@ def pairs(found: Recorded, every: bool = False,  # over every target, not the ne
 def one_pair(ours: pd.DataFrame | None, rival: pd.DataFrame | None,  # (seeds, users) reciprocal ranks; None: not run
              smallest: float, tests: int,
              together: bool = False,                                  # do both go on from one start? Then only the seeds that both have count
-             test=seeds_and_users) -> dict:                           # where they do not
+             test=seeds_and_users,                                    # where they do not
+             differing: bool = False) -> dict:                        # leave out the seeds in which both are one model
     "Difference, intervals, p, what could have been found, and in how many seeds both are one model."
     if together and ours is not None and rival is not None: ours, rival = (x.loc[ours.index.intersection(rival.index)] for x in (ours, rival))
     counts = {"seeds": 0 if ours is None else len(ours), "rival_seeds": 0 if rival is None else len(rival)}
     if not all(counts.values()): return counts | {"same": 0, "p": np.nan, "word": "not run"}
     a, b, test = ours.to_numpy(), rival.to_numpy(), one_start if together else test
-    d, wide, same = test(a, b), test(a, b, level=1 - 0.05 / tests), int((a == b).all(1).sum()) if together else 0
-    word = "one model" if len(a) >= LEAST_SEEDS > len(a) - same else ""
+    alike = (a == b).all(1) if together else np.zeros(1, bool)
+    if differing and together and not alike.all(): a, b = a[~alike], b[~alike]
+    d, wide, same = test(a, b), test(a, b, level=1 - 0.05 / tests), int(alike.sum())
+    word = "one model" if counts["seeds"] >= LEAST_SEEDS > counts["seeds"] - same else ""
     return {**counts, "same": same, "users": a.shape[1], "mrr": a.mean(), "rival_mrr": b.mean(), **{k: d[k] for k in ("difference", "low", "high", "p")},
             "detectable": np.nan if word else detectable(d["se"], d["df"]), "highest": wide["high"], "least": smallest * b.mean(), "word": word}
 
 # %% ../nbs/18_claims.ipynb #cell-035
-def judge(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol and claim: verdict, and the rival that it rests on: the nearest, or one that refutes; `first`, `strict`: the verdicts by other rules
+def judge(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol and claim: verdict, and the rival that it rests on: the nearest, or one that refutes; `first`, `strict`, `differing`: the verdicts by other rules
     "The verdicts."
     q, out = found.question, []
     table, by_others = pairs(found), {rule: pairs(found, **own) for rule, own in RULES.items() if rule != "now"}

@@ -18,10 +18,9 @@ from pathlib import Path
 from .datasets import RAW_FILES, READERS, SetSpec
 from .prepare import prepare
 from .presets import PRESETS, preset, preset_yaml
-from .profiles import read_yaml
 from .propose import propose_file
 from .quality import quality_text
-from .schema import one_line, read_schema
+from .schema import one_line, read_schema, read_yaml
 from .splits import SPLITS
 
 # %% ../nbs/20_cli.ipynb #cell-006

@@ -143,28 +143,28 @@ RAW_FILES = {"recbole": ("{name}.inter", "{name}.item"), "table": ("items.*", "i
              "yelp": ("yelp_academic_dataset_review.json*", "yelp_academic_dataset_business.json*")}
 
 # %% ../nbs/02_datasets.ipynb #cell-018
-def tables_of(items: Iterator[pd.DataFrame], inter: Iterator[pd.DataFrame], path: Path, head: int,  # path: of the interactions; head: the row in which the first one stands
-              spec: SetSpec) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    "Canonical tables of two streams of rows; `options.time_unit` is s, ms or auto (default)."
+def tables_of(items: Path, inter: Path, spec: SetSpec, read: Callable[[Path], Iterator[pd.DataFrame]],
+              head: int) -> tuple[pd.DataFrame, pd.DataFrame, dict]:  # head: the row in which the first interaction stands
+    "Canonical tables of two files that are read in parts; `options.time_unit` is s, ms or auto (default)."
     quality, invalid = {}, {}
-    table = items_table(item_columns(items, ["item_id", *item_sources(spec.schema)]), "item_id", spec.schema, quality)
-    events = events_table((interactions(part, path, head, spec.options.get("time_unit", "auto"), invalid) for part in inter), table, quality)
+    table = items_table(item_columns(read(items), ["item_id", *item_sources(spec.schema)], items.name), "item_id", spec.schema, quality)
+    events = events_table((interactions(part, inter, head, spec.options.get("time_unit", "auto"), invalid) for part in read(inter)), table, quality)
     quality["invalid"] = {**quality["invalid"], **{k: v for k, v in invalid.items() if v}}
     return table, events, quality
 
 # %% ../nbs/02_datasets.ipynb #cell-019
 def read_recbole(folder: Path, spec: SetSpec) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     "Reader of atomic files `<name>.inter` and `<name>.item`; `<name>.user` is not used, which is noted."
-    path = find(folder, f"{spec.files}.inter")
-    items, events, quality = tables_of(read_atomic(find(folder, f"{spec.files}.item")), read_atomic(path), path, 2, spec)
+    inter = find(folder, f"{spec.files}.inter")
+    items, events, quality = tables_of(find(folder, f"{spec.files}.item"), inter, spec, read_atomic, 2)
     if (folder / f"{spec.files}.user").exists(): quality["notes"] = [f"{spec.files}.user is there and is not used: a user is the history"]
     return items, events, quality
 
 # %% ../nbs/02_datasets.ipynb #cell-021
 def read_table(folder: Path, spec: SetSpec) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     "Reader of your own tables; `options.time_unit` is s, ms or auto (default)."
-    items, path = find_table(folder, "items"), find_table(folder, "interactions")
-    return tables_of(read_any(items), read_any(path), path, 2 if ".csv" in path.name else 1, spec)
+    items, inter = find_table(folder, "items"), find_table(folder, "interactions")
+    return tables_of(items, inter, spec, read_any, 2 if ".csv" in inter.name else 1)
 
 # %% ../nbs/02_datasets.ipynb #cell-022
 READERS: dict[str, Callable] = {"recbole": read_recbole, "table": read_table, "amazon2014": read_amazon2014, "amazon2018": read_amazon2018, "amazon2023": read_amazon2023,

@@ -13,8 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .machine import Machine, this_machine
-from .profiles import Profile, profile_names, read_profile, read_yaml
+from .profiles import Profile, profile_names, read_profile
 from .raw import dig
+from .schema import read_yaml
 
 # %% ../nbs/19_doctor.ipynb #cell-006
 def missing_packages(folder: Path) -> tuple[int, list[str]]:  # folder: requirements/

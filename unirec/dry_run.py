@@ -31,8 +31,9 @@ from .hierarchy import EncoderConfig, Events, training_batches
 from .machine import hours, this_machine
 from .memory import peak_memory_mb
 from .prepare import prepare
-from .profiles import Profile, check_fields, merged, nested, read_yaml
+from .profiles import Profile, check_fields, merged, nested
 from .recommender import LLMConfig, UniRec
+from .schema import read_yaml
 from .stand_ins import stand_ins
 from .steps import Data, embed, finetune, load, pretrain, towers
 from .task import LossConfig, step_loss

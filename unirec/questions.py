@@ -29,9 +29,8 @@ from .experiments import both_stages, digest
 from .fingerprint import code_key
 from .opponents import Trained, lock, model_code, ready
 from .prepare import prepare
-from .profiles import read_yaml
 from .recommender import UniRec
-from .schema import TYPES
+from .schema import TYPES, read_yaml
 from .steps import Data, embed, towers
 from .store import TABLES, Catalogue
 
@@ -128,7 +127,7 @@ def row_of(q: Question, t: Trained, table: pd.DataFrame, name: str, at: tuple[st
     "What is kept of a run; one at test time took no training, and has no valid MRR of its own."
     protocol, seed, dataset, variant = at
     own = {"valid_mrr": t.valid_mrr, "seconds": t.seconds} if trained else {"valid_mrr": float("nan"), "seconds": 0.0}
-    return {"run": name, "dataset": dataset, "variant": variant, "seed": seed, "protocol": protocol, "budget": q.budget, **own, **figures(table), "epochs": t.epochs, "stopped": t.stopped, "parameters": t.parameters}
+    return {"run": name, "dataset": dataset, "variant": variant, "seed": seed, "protocol": protocol, "budget": q.budget, **own, **figures(table.drop(columns="new")), "epochs": t.epochs, "stopped": t.stopped, "parameters": t.parameters}
 
 def curve_of(log: list[dict], name: str) -> pd.DataFrame:
     "Valid MRR by seconds of training, both stages in a row; the first epoch of stage 2 is where stage 1 ended."

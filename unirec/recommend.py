@@ -31,9 +31,9 @@ from .llm import LLMConfig
 from .metrics import expected_ranks, history_mask
 from .newcomer import new_catalogue, position, same_towers
 from .pipeline import stage_params
-from .profiles import kind, read_yaml
 from .reasons import attention_shares, item_kinds, nearest_events
 from .recommender import Scorer, UniRec
+from .schema import kind, read_yaml
 from .splits import Histories, split_hash
 from .steps import MODELS, Data, load, one_each, towers
 from .task import item_vectors

@@ -123,6 +123,7 @@ def read_any(path: Path) -> Iterator[pd.DataFrame]:  # path: of `find_table`
 # %% ../nbs/02_streams.ipynb #cell-020
 def item_columns(parts: Iterable[pd.DataFrame],
                  sources: Iterable[str],  # dotted
+                 where: str = "items",    # what the message calls the table
                  ) -> Iterator[dict[str, list]]:
     "Raw columns of items as `items_table` takes them, None where nothing is; after the last row raises ValueError for a source that was in none."
     sources, found, known = list(sources), set(), {}
@@ -137,7 +138,9 @@ def item_columns(parts: Iterable[pd.DataFrame],
     for part in parts:
         known |= dict.fromkeys(part)
         yield {s: column(part, s) for s in sources}
-    if known and (missing := [s for s in sources if s not in found]): raise ValueError(f"items: no row has {', '.join(map(repr, missing))}, expected by the schema as `source`; the columns are {', '.join(map(repr, known))}: correct the schema, or the table's header")
+    if known and (missing := [s for s in sources if s not in found]):
+        names, why = ("'item_id'", "by which items are named") if "item_id" in missing else (", ".join(map(repr, missing)), "expected by the schema as `source`")
+        raise ValueError(f"{where}: no row has {names}, {why}; the columns are {', '.join(map(repr, known))}: correct the schema, or the table's header")
 
 # %% ../nbs/02_streams.ipynb #cell-021
 def ids_of(column: pd.Series, path: Path, head: int) -> list[str]:
