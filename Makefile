@@ -12,6 +12,10 @@ PROFILE ?= mini
 ARGS ?=
 
 SETUP = set -eo pipefail; source .ci/env.sh
+# DVC asks for git, and is told where there is none (a source archive)
+SCM = if [ -e $(1) ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; else dvc config --local core.no_scm true; fi
+# tables and vectors of the sets that the pipeline makes
+VECTORS = $(call SCM,.git); dvc repro $$(python -c 'import yaml; print(*("embed@" + d for d in yaml.safe_load(open("params.yaml"))["datasets"]))')
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -23,9 +27,7 @@ env:  ## set up the environment, nothing else
 repro:  ## raw data to reports/index.html, whatever is not up to date; PROFILE=paper or paper-tiny: in runs/PROFILE
 	@$(SETUP); \
 	if [ "$(PROFILE)" != mini ]; then exec python -m unirec.profiles "$(PROFILE)" $(ARGS); fi; \
-	if [ -e .git ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; \
-	else dvc config --local core.no_scm true; fi; \
-	dvc repro $(ARGS); \
+	$(call SCM,.git); dvc repro $(ARGS); \
 	echo "The page of results: $(CURDIR)/reports/index.html"
 
 verify:  ## are the results of `make repro` the committed ones? (within the tolerance of params.yaml)
@@ -38,22 +40,19 @@ book:  ## the notebooks as a site that needs no network: _book/index.html
 	@NEEDS=book; $(SETUP); python .ci/book.py $(ARGS)
 
 tune:  ## tune the opponents on valid within the budget of params.yaml, and write the best settings there (resumes)
-	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); python -m unirec.tuning --write $(ARGS)
+	@$(SETUP); $(VECTORS); python -m unirec.tuning --write $(ARGS)
 
 compare:  ## every model, five seeds, every data set: what has not run yet (a day; resumes), and the table
-	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); python -m unirec.comparison $(ARGS)
+	@$(SETUP); $(VECTORS); python -m unirec.comparison $(ARGS)
 
 carry:  ## keep runs whose code changed and whose ranks did not: one seed of each is run again; of the comparison, or ARGS='--questions experiments/*.yaml'
 	@$(SETUP); python -m unirec.carried $(ARGS)
 
-experiments:  ## run what the questions in experiments/ have not run yet (days; resumes), and judge them; ARGS=ask@fusion for one
-	@$(SETUP); dvc repro $(addprefix embed@,movielens sample); cd experiments; \
-	if [ -e ../.git ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; \
-	else dvc config --local core.no_scm true; fi; \
-	dvc repro $(ARGS)
+experiments:  ## run what the questions in experiments/ have not run yet (hours; resumes), and judge them; ARGS=ask@fusion for one
+	@$(SETUP); $(VECTORS); cd experiments; $(call SCM,../.git); dvc repro $(ARGS)
 
 benchmarks:  ## measure speed side by side (half an hour, on a quiet machine)
-	@$(SETUP); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done
+	@$(SETUP); $(call SCM,.git); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done
 
 lab:  ## open JupyterLab on the notebooks
 	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs $$root $(ARGS)

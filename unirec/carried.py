@@ -7,6 +7,7 @@ __all__ = ['stale_by_code', 'same_ranks', 'rename', 'carry', 'carry_question', '
 
 # %% ../nbs/19_carried.ipynb #cell-003
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from .claims import Question, recorded, run_name, tested_with, with_sets
 from .comparison import Loaded, all_runs, do_run, load_for, read_ranks, read_runs, record, run_code, run_key, write
-from .opponents import lock, reads_vectors
+from .opponents import command, lock, one, reads_vectors
 from .questions import ask, code_of, drop
 
 # %% ../nbs/19_carried.ipynb #cell-006
@@ -100,14 +101,17 @@ def rename_runs(root: Path, name: str, names: Mapping[str, tuple[str, str]],  # 
         pd.read_parquet(path).astype({"run": str}).replace({"run": to}).astype({"run": "category"}).to_parquet(path, index=False, compression="zstd")
 
 # %% ../nbs/19_carried.ipynb #cell-021
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:  # exit code
     "`python -m unirec.carried`"
     parser = argparse.ArgumentParser(prog="python -m unirec.carried", description="Carry runs of the comparison, or of questions, over to changed code, where one seed that is run again has the same ranks.")
     parser.add_argument("--only", help="of the comparison, one of its data sets")
     parser.add_argument("--questions", type=Path, nargs="+", help="files in experiments/; the comparison stays as it is then")
     args = parser.parse_args(argv)
-    table = pd.concat([carry_question(path) for path in args.questions]) if args.questions else carry(only=args.only)
-    print(table.to_string(index=False) if len(table) else "no run is stale by its code alone")
+    def job() -> None:
+        only = one(args.only, "only", yaml.safe_load(Path("params.yaml").read_text())["compare"]["datasets"])
+        table = pd.concat([carry_question(path) for path in args.questions]) if args.questions else carry(only=only)
+        print(table.to_string(index=False) if len(table) else "no run is stale by its code alone")
+    return command("unirec.carried", job)
 
 # %% ../nbs/19_carried.ipynb #cell-022
-if __name__ == "__main__" and "get_ipython" not in globals(): main()
+if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

@@ -65,6 +65,9 @@ def split_options(args: argparse.Namespace) -> dict:
     "What was given of the options of a split rule."
     cuts = tuple(int(c) if c.isdigit() and len(c) > 4 else c for c in args.cuts) if args.cuts else None      # four digits are a year
     given = {"k": args.k, "shares": tuple(args.shares) if args.shares else None, "cuts": cuts}
+    for key, rule in (("k", "last_k"), ("shares", "by_time"), ("cuts", "by_time")):
+        if given[key] is not None and args.split != rule: raise ValueError(f"--{key} belongs to --split {rule}, not to {args.split}")
+    if args.shares and not all(0 <= s < 1 for s in args.shares): raise ValueError(f"--shares {' '.join(map(str, args.shares))}: expected two shares from 0 to below 1")
     return {key: value for key, value in given.items() if value is not None}
 
 # %% ../nbs/20_cli.ipynb #cell-011
@@ -72,6 +75,8 @@ def run_prepare(args: argparse.Namespace) -> None:
     "Prepare a data set and print its quality report."
     given = {f"--{k.replace('_', '-')}": getattr(args, k) for k in ("k_core_users", "k_core_items", "negatives")}
     if wrong := [k for k, v in given.items() if v < 1]: raise ValueError(f"{wrong[0]} {given[wrong[0]]}: at least 1")
+    if args.seed < 0: raise ValueError(f"--seed {args.seed}: at least 0")
+    if args.files and args.format == "table": raise ValueError(f"--files {args.files}: tables are called items and interactions")
     spec = SetSpec.from_params(args.out.resolve().name, block := spec_block(args))
     report = prepare(args.raw, spec, args.out, args.negatives, args.seed)
     (args.out / "spec.json").write_text(json.dumps(block, indent=1))
@@ -90,7 +95,7 @@ def add_prepare(commands) -> None:
     which.add_argument("--schema", type=Path, metavar="FILE", help="YAML, as `unirec schema propose` prints it")
     which.add_argument("--preset", choices=sorted(PRESETS), help="one of the paper's schemas")
     need.add_argument("--files", metavar="STEM", help="stem of the raw files, where the folder has several")
-    need.add_argument("--time-unit", choices=["s", "ms"], help="of the timestamps of format table (default: s)")
+    need.add_argument("--time-unit", choices=["auto", "s", "ms"], help="of the timestamps of format table (default: auto, by their size)")
     core.add_argument("--k-core-users", type=int, default=5, metavar="N", help="every user keeps at least so many events (default: %(default)s)")
     core.add_argument("--k-core-items", type=int, default=5, metavar="N", help="every item keeps at least so many events; 1 keeps cold items (default: %(default)s)")
     core.add_argument("--repeats", default="keep", choices=["keep", "first", "last"], help="of several events of a user with an item (default: %(default)s)")

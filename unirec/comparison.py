@@ -11,6 +11,7 @@ __all__ = ['TEXTS', 'all_runs', 'hold_out', 'Loaded', 'load_for', 'table_bytes',
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from .datasets import SetSpec
 from .experiments import digest, named
 from .fingerprint import code_key
 from .metrics import full_ranks, last_ranks, ranks
-from .opponents import BASELINES, Trained, data_key, lock, model_code, reads_vectors, ready, settings_of, train_baseline, train_unirec
+from .opponents import BASELINES, Trained, command, data_key, lock, model_code, one, reads_vectors, ready, settings_of, some, train_baseline, train_unirec
 from .significance import compare_models
 from .splits import Histories, last_k, train_aggregate
 from .steps import MODELS, Data, embed, llm_share, load, load_test
@@ -280,20 +281,24 @@ def summary(root: Path = Path("."), prune: bool = False) -> pd.DataFrame:  # pru
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
 # %% ../nbs/19_comparison.ipynb #cell-047
-def main(argv: list[str] | None = None) -> None:
-    "`python -m unirec.comparison`"
+def main(argv: list[str] | None = None) -> int:  # exit code
+    "`python -m unirec.comparison`: 0, or 2 and one line on stderr where the input is bad."
     parser = argparse.ArgumentParser(prog="python -m unirec.comparison", description="Run what the comparison of params.yaml has not run yet, and summarise it.")
     parser.add_argument("--only", help="one of its data sets")
-    parser.add_argument("--seed", type=int, help="one of its seeds")
+    parser.add_argument("--seed", help="one of its seeds")
     parser.add_argument("--models", help="some of its models, with commas between them")
     parser.add_argument("--protocol", help="leave_one_out or last5")
     parser.add_argument("--summary", action="store_true", help="run nothing, write results/<data set>/compare.csv from the runs that are there")
     parser.add_argument("--prune", action="store_true", help="with --summary: drop rows and ranks of other settings, code or data")
     args = parser.parse_args(argv)
-    busy = 0 if args.summary else compare(only=args.only, seed=args.seed, models=args.models.split(",") if args.models else None, protocol=args.protocol)
-    if busy: print(f"another process is at {busy} runs: `python -m unirec.comparison --summary` when it has ended")
-    table = summary(prune=args.prune and args.summary)
-    if len(table): print(table[table.ranks == "full"][["dataset", "protocol", "best_by", "model", "reference", "seeds", "mrr", "std", "difference", "low", "high", "holm_both", "verdict"]].round(4).to_string(index=False))
+    def job() -> None:
+        own = yaml.safe_load(Path("params.yaml").read_text())["compare"]
+        only, seed, protocol = one(args.only, "only", own["datasets"]), one(args.seed, "seed", own["seeds"]), one(args.protocol, "protocol", own["protocols"])
+        busy = 0 if args.summary else compare(only=only, seed=seed, models=some(args.models, "models", own["models"]), protocol=protocol)
+        if busy: print(f"another process is at {busy} runs: `python -m unirec.comparison --summary` when it has ended")
+        table = summary(prune=args.prune and args.summary)
+        if len(table): print(table[table.ranks == "full"][["dataset", "protocol", "best_by", "model", "reference", "seeds", "mrr", "std", "difference", "low", "high", "holm_both", "verdict"]].round(4).to_string(index=False))
+    return command("unirec.comparison", job)
 
 # %% ../nbs/19_comparison.ipynb #cell-048
-if __name__ == "__main__" and "get_ipython" not in globals(): main()
+if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

@@ -34,7 +34,7 @@ class SetSpec:
     "One block of `sets` in params.yaml."
     name: str                     # what tables and folders call it
     format: str                   # one of READERS
-    source: str                   # "pip:<package>/<folder>", "sample:", "get:<name of unirec.sources>", or "extra:<folder below data.extra_root>"
+    source: str                   # "pip:<package>/<folder>", "sample:", "get:<name of unirec.sources>", "extra:<folder below data.extra_root>", or a folder
     files: str                    # stem of the raw files: "ml-100k", "Sample", "All_Beauty"; for tables "items"
     schema: Schema
     title: str = ""               # how a page calls it

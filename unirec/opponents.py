@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'vectors_of', 'titles_of', 'title_vectors_of', 'catalogue_of', 'Baseline', 'merged', 'Trained',
-           'train_baseline', 'train_unirec', 'settings_of', 'data_key', 'model_code', 'reads_vectors', 'lock', 'ready',
-           'toy_comparison']
+           'train_baseline', 'train_unirec', 'settings_of', 'data_key', 'model_code', 'reads_vectors', 'some', 'one',
+           'command', 'lock', 'made_from', 'ready', 'toy_comparison']
 
 # %% ../nbs/18_opponents.ipynb #cell-003
 import hashlib
 import inspect
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -185,6 +186,28 @@ def reads_vectors(model: str) -> bool:
     return model in MODELS or bool(BASELINES[model].reads)
 
 # %% ../nbs/18_opponents.ipynb #cell-020
+def some(option: str | None, name: str, known: Iterable) -> list | None:
+    "The parts of an option of a command, each of which has to be one of the known; None where it was not given."
+    if option is None: return None
+    by_text = {str(k): k for k in known}
+    parts = [part.strip() for part in option.split(",")]
+    if unknown := [p for p in parts if p not in by_text]: raise ValueError(f"--{name}: {unknown[0]!r} is none of {', '.join(by_text)}")
+    return [by_text[p] for p in parts]
+
+def one(option: str | None, name: str, known: Iterable) -> object | None:
+    "An option of a command that is one of the known; None where it was not given."
+    found = some(option, name, known) or [None]
+    if len(found) > 1: raise ValueError(f"--{name}: {option!r}, expected one")
+    return found[0]
+
+def command(name: str, job: Callable[[], object]) -> int:  # exit code
+    "Do a command's job: 0, or 2 and one line on stderr where its input is bad."
+    try: job()
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
 def lock(root: Path, name: str) -> FileLock:
     "A lock that several processes share."
     folder = root / "experiments" / "cache" / "locks"
@@ -192,12 +215,19 @@ def lock(root: Path, name: str) -> FileLock:
     return FileLock(folder / f"{name}.lock")
 
 # %% ../nbs/18_opponents.ipynb #cell-021
+def made_from(prepared: Path, block: Mapping) -> bool | None:  # block: of `sets`; None: it does not say
+    "Were the tables in a folder made with these settings?"
+    try: return json.loads((prepared / "spec.json").read_text(encoding="utf-8")) == json.loads(json.dumps(dict(block)))
+    except (OSError, ValueError): return None
+
 def ready(root: Path, params: Mapping, dataset: str) -> bool:
-    "Are tables and vectors of a data set there? Makes those of a set with source `extra:`; raises FileNotFoundError for a set that the pipeline makes."
+    "Are tables and vectors of a data set there, made with the settings of params.yaml? Makes those of a set with source `extra:`; raises FileNotFoundError or ValueError for a set that the pipeline makes."
     prepared, store, raw = root / "prepared" / dataset, root / "embeddings" / dataset, root / "experiments/cache/raw" / dataset
-    there = lambda: (prepared / "train.parquet").exists() and (store / "manifest.json").exists()
+    block = params["sets"][dataset]
+    there = lambda: (prepared / "train.parquet").exists() and (store / "manifest.json").exists() and made_from(prepared, block) is not False
     spec = SetSpec.from_params(dataset, params["sets"][dataset])
     if there(): return True
+    if made_from(prepared, block) is False and (dataset in params.get("datasets", ()) or not spec.source.startswith("extra:")): raise ValueError(f"{prepared} was made with other settings than those of sets.{dataset} in params.yaml: run `dvc repro embed@{dataset}`, or put params.yaml back")
     if not spec.source.startswith("extra:"): raise FileNotFoundError(f"{store} is not there: run `dvc repro embed@{dataset}` first")
     extra = os.environ.get("UNIREC_EXTRA_ROOT") or (params.get("data") or {}).get("extra_root")
     try: locate(spec.source, extra)
@@ -206,7 +236,7 @@ def ready(root: Path, params: Mapping, dataset: str) -> bool:
         if there(): return True
         download(spec, raw, extra)
         prepare(raw, spec, prepared, params["evaluate"]["negatives"], params["seed"])
-        (prepared / "spec.json").write_text(json.dumps(params["sets"][dataset], indent=1))
+        (prepared / "spec.json").write_text(json.dumps(block, indent=1))
         embed(prepared, raw, spec, params["encode"], store)
     return True
 

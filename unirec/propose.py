@@ -60,7 +60,7 @@ def _csv_rows(path: Path, rows: int) -> list[dict]:
     mark = next((m for m in (";", "\t", "|") if m in header[0]), None)
     if len(header) == 1 and mark: raise ValueError(f"{path.name}, row 1: one column, {header[0]!r}; expected columns separated by commas: the file seems to be separated by {'a tab' if mark == chr(9) else repr(mark)}, write it again with commas")
     once(header[header != ""], path)
-    table = pd.read_csv(path, dtype=str, nrows=rows, encoding="utf-8")
+    table = pd.read_csv(path, dtype=str, nrows=rows, encoding="utf-8", keep_default_na=False, na_values=[""])    # as `prepare` reads it: NA is a text
     if not isinstance(table.index, pd.RangeIndex): raise ValueError(f"{path.name}, row 2: more fields than the header has; expected {table.shape[1]}")
     return table.to_dict("records")
 

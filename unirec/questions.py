@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['there', 'chosen', 'relabelled', 'seen', 'speaker', 'moved_to', 'train_one', 'lazy', 'tested', 'row_of', 'curve_of',
            'keep', 'put', 'elsewhere', 'code_of', 'content_of', 'ask', 'marked', 'do', 'look', 'write_verdicts', 'drop',
-           'some', 'main']
+           'main']
 
 # %% ../nbs/19_questions.ipynb #cell-003
 import argparse
@@ -27,7 +27,7 @@ from .datasets import SetSpec, download
 from .diagnostics import schema_confusion
 from .experiments import both_stages, digest
 from .fingerprint import code_key
-from .opponents import Trained, lock, model_code, ready
+from .opponents import Trained, command, lock, made_from, model_code, ready, some
 from .prepare import prepare
 from .recommender import UniRec
 from .schema import TYPES, read_yaml
@@ -41,7 +41,7 @@ def there(root: Path, params: Mapping, dataset: str) -> bool:
     if spec.source != "sample:" or dataset in params.get("datasets", ()): return ready(root, params, dataset)
     told = json.dumps(params["sets"][dataset], indent=1)
     with lock(root, f"ready-{dataset}"):
-        if not (store / "manifest.json").exists() or (prepared / "spec.json").read_text() != told:
+        if not (store / "manifest.json").exists() or not made_from(prepared, params["sets"][dataset]):
             download(spec, raw)
             prepare(raw, spec, prepared, params["evaluate"]["negatives"], params["seed"])
             embed(prepared, raw, spec, params["encode"], store)
@@ -256,37 +256,27 @@ def drop(root: Path, q: Question, kept: set[str]) -> None:
             old[old.run.isin(kept)].astype({"run": "category"}).to_parquet(path, index=False, compression="zstd")
 
 # %% ../nbs/19_questions.ipynb #cell-041
-def some(option: str | None, name: str, known: Iterable) -> list | None:
-    "The parts of an option, each of which has to be one of the known; None where it was not given."
-    if option is None: return None
-    by_text = {str(k): k for k in known}
-    parts = [part.strip() for part in option.split(",")]
-    if unknown := [p for p in parts if p not in by_text]: raise ValueError(f"--{name}: {unknown[0]!r} is none of {', '.join(by_text)}")
-    return [by_text[p] for p in parts]
-
 def main(argv: list[str] | None = None) -> int:  # exit code
     "`python -m unirec.questions experiments/<question>.yaml`: 0, or 2 and one line on stderr where the input is bad."
     parser = argparse.ArgumentParser(prog="python -m unirec.questions", description="Run what a question has not run yet, and judge it.")
     parser.add_argument("question", type=Path, nargs="+", help="files in experiments/")
     parser.add_argument("--only", help="some of its data sets, with commas between them")
     parser.add_argument("--seeds", help="some of its seeds, with commas between them")
-    parser.add_argument("--protocol", help="leave_one_out or last5")
+    parser.add_argument("--protocol", help="leave_one_out, last5, or both with a comma between them")
     parser.add_argument("--variants", help="some of its trained variants, with commas between them")
     parser.add_argument("--judge", action="store_true", help="run nothing, write the verdicts of what is recorded")
     parser.add_argument("--prune", action="store_true", help="with --judge: drop what was run with other settings or on other data")
     args = parser.parse_args(argv)
     if args.prune and not args.judge: parser.error("--prune goes with --judge")
-    try:
+    def job() -> None:
         for path in args.question:
+            if path.resolve().parent != Path("experiments").resolve(): raise ValueError(f"{path}: expected a file in experiments/: what is recorded is called by its name")
             q = Question.read(path)
             only, seeds, variants = some(args.only, "only", q.datasets), some(args.seeds, "seeds", q.every_seed()), some(args.variants, "variants", q.variants)
-            protocol = some(args.protocol, "protocol", q.protocols)
-            if not args.judge: ask(path, only=only, seeds=seeds, protocol=protocol and protocol[0], variants=variants)
+            for protocol in some(args.protocol, "protocol", q.protocols) or [None]:
+                if not args.judge: ask(path, only=only, seeds=seeds, protocol=protocol, variants=variants)
             print(write_verdicts(path, prune=args.prune).to_string(index=False))
-    except (ValueError, OSError) as error:
-        print("unirec.questions: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return command("unirec.questions", job)
 
 # %% ../nbs/19_questions.ipynb #cell-044
 if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

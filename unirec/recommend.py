@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COUNTING', 'DAMAGE', 'EVENTS', 'TABLES', 'look_into', 'opened', 'read_params', 'block', 'part_of', 'dotted',
-           'ran_with', 'same_settings', 'needed', 'in_place', 'same_data', 'usual_times', 'Trained', 'said', 'listed',
-           'with_new', 'restored', 'counted', 'Answering', 'Recommender']
+           'ran_with', 'same_settings', 'needed', 'in_place', 'same_data', 'usual_times', 'Trained', 'said', 'places',
+           'listed', 'with_new', 'restored', 'counted', 'Answering', 'Recommender']
 
 # %% ../nbs/17_recommend.ipynb #cell-003
 import hashlib
@@ -54,7 +54,7 @@ def look_into(path: Path) -> object:
 
 def opened(path: Path, stage: str, dataset: str, read: Callable = look_into) -> object:
     "What a reader makes of a file of a stage; raises FileNotFoundError or ValueError that names the file and the stage that writes it."
-    again = f"the stage {stage} writes it: `make repro`, or `dvc repro {stage}@{dataset}`"
+    again = f"the stage {stage} writes it: `make repro`, or `dvc repro {stage}@{dataset}`, with {dataset} under `datasets` in params.yaml"
     if not path.is_file(): raise FileNotFoundError(f"{path}: not there yet; {again}")
     try: return read(path)
     except DAMAGE as error: raise ValueError(f"{path}: cut or damaged ({' '.join(str(error).split()) or type(error).__name__}); {again}") from None
@@ -214,9 +214,13 @@ def said(r: Trained, near: Sequence[tuple[int, float]]) -> str:
     return ", ".join(f"{r.titles[i]} ({x:.2f})" for i, x in near)
 
 # %% ../nbs/17_recommend.ipynb #cell-028
+def places(top: int) -> None:
+    "Raise ValueError for a list without places."
+    if top < 1: raise ValueError(f"top {top}: a list has at least one place")
+
 def listed(r: Trained, h: Histories, u: int, top: int) -> pd.DataFrame:
     "The top of the catalogue for a row of some histories, without what is in its history, with the reasons."
-    if top < 1: raise ValueError(f"top {top}: a list has at least one place")
+    places(top)
     scores, hidden = torch.as_tensor(np.asarray(r.scorer(h, np.array([u]))))[0].float(), torch.as_tensor(history_mask(h, np.array([u])))[0]
     left = min(top, int((~hidden).sum()))
     value, found = scores.masked_fill(hidden, -torch.inf).topk(left)
@@ -315,6 +319,7 @@ class Recommender(Answering):
 
     def similar(self, vector: Tensor, top: int = 10) -> pd.DataFrame:  # (1, out)
         "The items of the catalogue that are nearest to a new one."
+        places(top)
         found = nearest_events(self.vectors, [0], range(len(self.data.items)), top, new=vector)[0]
         rows = [(k + 1, self.data.items.item_id[i], self.titles[i], round(x, 4), self.kinds[i]) for k, (i, x) in enumerate(found)]
         return pd.DataFrame(rows, columns=["place", "item_id", "title", "cosine", "kind"])
@@ -325,6 +330,8 @@ class Recommender(Answering):
                  items: Sequence[str] | None = None,     # for somebody who had these items only
                  ) -> pd.DataFrame:                      # place, user, rank among the catalogue, score, nearest events
         "For whom a new item comes up first: its rank in the list of every user, best first, or in the one list that is asked for."
+        places(top)
+        if user is not None and items is not None: raise ValueError("user and items: give one of them, for whom the new item is asked")
         vector = self.encode_item(attributes)[0]
         h = self.histories if items is None else self.events(items)
         who = np.arange(len(h)) if user is None or items is not None else np.array([self.user_at(user)])

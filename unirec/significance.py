@@ -126,7 +126,7 @@ def verdict(low: float, high: float, p: float,  # interval of the difference, p-
     return "better" if low > 0 else "worse"
 
 # %% ../nbs/12_significance.ipynb #cell-049
-def in_words(row, alpha: float = 0.05) -> str:  # row: of `compare_models`
+def in_words(row) -> str:  # of `compare_models`
     "A sentence on one comparison."
     if row.verdict == "reference": return f"{row.model} is the reference (MRR {row.mrr:.4f}, {row.users} users)"
     said = f"{row.difference:+.4f} ({row.low:+.4f} to {row.high:+.4f}; p {row.holm_both:.3g} after Holm)"

@@ -110,10 +110,11 @@ FORMS = {".jsonl": read_records, ".jsonl.gz": read_records, ".csv": read_csv, ".
 
 # %% ../nbs/02_streams.ipynb #cell-017
 def find_table(folder: Path, stem: str) -> Path:
-    "`<stem>` with an ending of FORMS; raises FileNotFoundError that lists what was looked for."
-    for suffix in FORMS:
-        if (path := folder / f"{stem}{suffix}").exists(): return path
-    raise FileNotFoundError(f"{folder}: no {stem}.jsonl, {stem}.csv or {stem}.parquet")
+    "`<stem>` with an ending of FORMS; raises FileNotFoundError that lists what was looked for, ValueError where there are several."
+    there = [path for suffix in FORMS if (path := folder / f"{stem}{suffix}").exists()]
+    if not there: raise FileNotFoundError(f"{folder}: no {stem}.jsonl, {stem}.csv or {stem}.parquet")
+    if len(there) > 1: raise ValueError(f"{folder}: {' and '.join(p.name for p in there)} are both there; move away what is not meant")
+    return there[0]
 
 # %% ../nbs/02_streams.ipynb #cell-018
 def read_any(path: Path) -> Iterator[pd.DataFrame]:  # path: of `find_table`
@@ -168,6 +169,8 @@ def interactions(part: pd.DataFrame, path: Path, head: int,  # head: the row in 
     rating = pd.to_numeric(given, errors="coerce").astype("float64")
     rating = rating.where(rating.abs() <= LARGEST)
     invalid["rating"] = invalid.get("rating", 0) + int((rating.isna() & given.notna() & (given.astype(str) != "")).sum())
-    review = [None if pd.isna(v) else str(v) for v in part.review] if "review" in part else [None] * len(part)
+    given = part.review if "review" in part else pd.Series(None, part.index, dtype=object)
+    if (odd := given.map(lambda v: isinstance(v, (list, dict, np.ndarray)))).any(): raise ValueError(f"{path.name}, row {part.index[odd.argmax()] + head}: review {given[odd].iloc[0]!r} is not a text")
+    review = [None if pd.isna(v) else str(v) for v in given]
     columns = {"user_id": ids_of(part.user_id, path, head), "item_id": ids_of(part.item_id, path, head), "rating": rating, "timestamp": milliseconds(times, unit), "review": review}
     return pa.table({k: pa.array(v, t, from_pandas=True) for (k, v), t in zip(columns.items(), EVENTS.types)})

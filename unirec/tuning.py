@@ -9,6 +9,7 @@ __all__ = ['TRIALS', 'trials_of', 'run_trial', 'tune', 'read_trials', 'change_tr
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import yaml
 
 from .datasets import SetSpec
 from .experiments import digest
-from .opponents import data_key, lock, model_code, reads_vectors, ready, settings_of, train_baseline, train_unirec
+from .opponents import command, data_key, lock, model_code, one, reads_vectors, ready, settings_of, some, train_baseline, train_unirec
 from .steps import MODELS, Data, load
 
 # %% ../nbs/18_tuning.ipynb #cell-007
@@ -102,16 +103,19 @@ def write_settings(path: Path, settings: Mapping) -> None:
     path.write_text(text)
 
 # %% ../nbs/18_tuning.ipynb #cell-018
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:  # exit code
     "`python -m unirec.tuning`: run the trials, and with --write put the best into params.yaml."
     parser = argparse.ArgumentParser(prog="python -m unirec.tuning", description="Tune the opponents on valid, within the budget of params.yaml.")
     parser.add_argument("--only", help="one of tune.datasets")
     parser.add_argument("--models", help="some of tune.grids, with commas between them")
     parser.add_argument("--write", action="store_true", help="write the best settings into params.yaml")
     args = parser.parse_args(argv)
-    best = chosen(tune(only=args.only, models=args.models.split(",") if args.models else None))
-    print(yaml.safe_dump(best, sort_keys=False))
-    if args.write: write_settings(Path("params.yaml"), best)
+    def job() -> None:
+        own = yaml.safe_load(Path("params.yaml").read_text())["tune"]
+        best = chosen(tune(only=one(args.only, "only", own["datasets"]), models=some(args.models, "models", own["grids"])))
+        print(yaml.safe_dump(best, sort_keys=False))
+        if args.write: write_settings(Path("params.yaml"), best)
+    return command("unirec.tuning", job)
 
 # %% ../nbs/18_tuning.ipynb #cell-019
-if __name__ == "__main__" and "get_ipython" not in globals(): main()
+if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

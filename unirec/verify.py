@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     "`python -m unirec.verify`: the exit code is 1 where results differ."
     parser = argparse.ArgumentParser(prog="python -m unirec.verify", description="Compare the results in the working tree with the committed ones.")
     parser.add_argument("--against", default="HEAD", help="a commit, a branch or a tag")
-    raise SystemExit(0 if verify(rev=parser.parse_args(argv).against) else 1)
+    args = parser.parse_args(argv)
+    try: raise SystemExit(0 if verify(rev=args.against) else 1)
+    except (ValueError, OSError) as error: parser.exit(2, f"unirec.verify: error: {' '.join(str(error).split())}\n")
 
 # %% ../nbs/18_verify.ipynb #cell-015
 if __name__ == "__main__" and "get_ipython" not in globals(): main()
