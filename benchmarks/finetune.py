@@ -264,10 +264,11 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     "Command line."
     parser = arguments(__doc__)
-    parser.add_argument("--layers", type=int, default=None, help="first layers of the LLM, default 4")
+    parser.add_argument("--layers", type=int, default=None, help="first layers of the LLM, default those of params.yaml")
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of autocast; the frozen backbone itself is kept in bf16")
     args = parser.parse_args()
-    params, layers = settings(), args.layers or (1 if args.quick else 4)
+    params = settings()
+    layers = args.layers or (1 if args.quick else params["llm"]["layers"])
     if args.quick: params["finetune"]["batch"] |= {"size": 4, "positions": 2}
     batch = params["finetune"]["batch"]
     table = Table("finetune", folder(args), quick=args.quick, dataset="movielens", llm=params["llm"] | {"layers": layers}, model=params["model"], batch=batch, labels=LABELS,

@@ -86,7 +86,7 @@ def table(found: Recorded, params: Mapping) -> str:
             for name in names:
                 own, few = part[part.variant == name], len(there[name]) < LEAST_SEEDS or len(there.get(reference, ())) < LEAST_SEEDS
                 d = one_pair(there[name], there.get(reference), q.smallest, 1, start(q, name) == start(q, reference)) if name != reference and not few else {}
-                told = [f"{d['difference']:+.4f}", f"{d['low']:+.4f} to {d['high']:+.4f}", f"{d['detectable']:.4f}"] if d and not d["word"] else ["one model" if d.get("word") == "one model" else "–", "–", "–"]
+                told = [f"{d['difference']:+.4f}", f"{d['low']:+.4f} to {d['high']:+.4f}", f"{d['detectable']:.4f}"] if d and not d["word"] else [f"{d['difference']:+.4f}, one model in {d['same']} of {d['seeds']} seeds" if d.get("word") == "one model" else "–", "–", "–"]
                 rows.append([f"`{name}`" + (" *at test*" if name in q.at_test else ""), f"{len(own)}{'' if len(own) >= LEAST_SEEDS else ' (few)'}", *(spread(own[f"full_{m}"]) for m in ("mrr", "hit@10", "ndcg@10")), spread(own.new_mrr), *told, f"{int(own.parameters.iloc[0]):,}"])
             out.append(f"**{title}** ({there[names[0]].shape[1]:,} users with a new target)\n\n{markdown(rows)}")
     return "\n\n".join(out + (["Not run yet: " + "; ".join(waiting) + "."] if waiting else []))
