@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from unirec import answers, claims, questions
-from unirec.claims import Question, claim_word, judge, jobs, made_up, pairs, planned, settings, with_sets
+from unirec import answers, claims, questions, verdicts
+from unirec.claims import Question, jobs, planned, settings, with_sets
 from unirec.opponents import toy_comparison
+from unirec.verdicts import claim_word, judge, made_up, pairs
 
 NAMES = ["carried_over", "decoupled", "every_variant", "fusion", "llm", "losses", "modalities", "schema", "tokens", "triplet"]
 TOLD = {"title": "a toy", "claim": "x", "refuted_by": "y", "budget": "short", "datasets": ["toy"], "seeds": [0], "reference": "sum", "base": {},
@@ -119,21 +120,21 @@ def test_a_run_is_done_once_and_goes_on(project, monkeypatch):
     monkeypatch.setattr(questions, "train_one", lambda *a: trained.append(a[5]) or real(*a))
     path = project / "experiments/toy.yaml"
     questions.ask(path, project)
-    assert trained == ["sum", "value_only"] and len(claims.read_rows(project, "toy")) == 3
+    assert trained == ["sum", "value_only"] and len(verdicts.read_rows(project, "toy")) == 3
     results, before = project / "experiments/results", {f.name: f.read_bytes() for f in (project / "experiments/results").iterdir()}
     questions.ask(path, project)
     assert len(trained) == 2 and before == {f.name: f.read_bytes() for f in results.iterdir()}
-    rows = claims.read_rows(project, "toy")
+    rows = verdicts.read_rows(project, "toy")
     rows[rows.variant != "lost"].to_csv(results / "toy.csv", index=False)               # killed before its row was written
     questions.ask(path, project)
-    assert trained == ["sum", "value_only", "sum"] and sorted(claims.read_rows(project, "toy").run) == sorted(rows.run)
+    assert trained == ["sum", "value_only", "sum"] and sorted(verdicts.read_rows(project, "toy").run) == sorted(rows.run)
     assert pd.read_parquet(results / "toy.ranks.parquet").groupby("run", observed=True).size().nunique() == 1
 
 
 def test_a_part_of_a_question(project):
     ask_for(project, TOLD | {"seeds": [0, 1]})
     assert questions.ask(project / "experiments/toy.yaml", project, seeds=[1], variants=["value_only"]) == 1
-    assert claims.read_rows(project, "toy")[["variant", "seed"]].to_numpy().tolist() == [["value_only", 1]]
+    assert verdicts.read_rows(project, "toy")[["variant", "seed"]].to_numpy().tolist() == [["value_only", 1]]
     found, params = questions.look(project, "toy")
     text = answers.opening(found, params)
     assert "Recorded: 1 of 6 runs" in text and "The rest has not been run" in text
@@ -149,9 +150,9 @@ def test_other_settings_are_left_out(project):
 
 def test_runs_of_earlier_code_say_so(project):
     questions.ask(project / "experiments/toy.yaml", project)
-    rows, q = claims.read_rows(project, "toy"), Question.read(project / "experiments/toy.yaml")
+    rows, q = verdicts.read_rows(project, "toy"), Question.read(project / "experiments/toy.yaml")
     params = with_sets(yaml.safe_load((project / "params.yaml").read_text()), q)
-    found = claims.recorded(project, q, params, "another code")
+    found = verdicts.recorded(project, q, params, "another code")
     assert np.isfinite(found.rows.new_mrr).all() and found.stale == len(rows) == len(found.rows) and "earlier state of the code" in answers.opening(found, params)
 
 
@@ -162,7 +163,7 @@ def test_a_set_that_is_not_here_is_left_out(project, capsys, monkeypatch):
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     path = ask_for(project, TOLD | {"datasets": ["mine", "toy"], "at_test": {"there": {"of": "sum", "set": "mine"}}})
     assert questions.ask(path, project) == 2
-    assert "mine is left out" in capsys.readouterr().out and set(claims.read_rows(project, "toy").variant) == {"sum", "value_only"}
+    assert "mine is left out" in capsys.readouterr().out and set(verdicts.read_rows(project, "toy").variant) == {"sum", "value_only"}
 
 
 def test_a_renamed_attribute_reaches_the_model(project):
@@ -170,7 +171,7 @@ def test_a_renamed_attribute_reaches_the_model(project):
     same = {"of": "value_only", "names": {"price": "rating"}}
     path = ask_for(project, TOLD | {"at_test": {"renamed": {"of": "sum", "names": {"price": "a giraffe", "brand": "an unrelated word"}}, "value_renamed": same}})
     questions.ask(path, project)
-    rows = claims.read_rows(project, "toy").set_index("variant")
+    rows = verdicts.read_rows(project, "toy").set_index("variant")
     ranks = pd.read_parquet(project / "experiments/results/toy.ranks.parquet").astype({"run": str})
     of = lambda v: ranks[ranks.run == rows.run[v]].full.to_numpy()
     assert (of("renamed") != of("sum")).any() and (of("value_renamed") == of("value_only")).all()

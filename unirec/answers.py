@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from .claims import LEAST_SEEDS, RULE, Question, Recorded, jobs, judge, one_pair, planned, read_rows, reciprocal, start, with_sets
+from .claims import Question, jobs, planned, with_sets
 from .figures import INK, OTHERS, PLOT_STYLE
+from .verdicts import LEAST_SEEDS, RULE, Recorded, judge, one_pair, read_rows, reciprocal, start
 
 # %% ../nbs/19_answers.ipynb #cell-007
 def titles(q: Question, params: Mapping) -> dict[str, str]:

@@ -15,10 +15,11 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from .claims import Question, recorded, run_name, tested_with, with_sets
+from .claims import Question, run_name, tested_with, with_sets
 from .comparison import Loaded, all_runs, do_run, load_for, read_ranks, read_runs, record, run_code, run_key, write
 from .opponents import command, lock, one, reads_vectors
 from .questions import ask, code_of, drop
+from .verdicts import recorded
 
 # %% ../nbs/19_carried.ipynb #cell-006
 def stale_by_code(root: Path, params: Mapping, dataset: str, found: Mapping[str, Loaded | None]) -> pd.DataFrame:  # found: protocol -> data

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .claims import Question, Recorded, checked, jobs, judge, pairs, planned, read_ranks, read_rows, recorded, run_name, settings, tested_with
+from .claims import Question, checked, jobs, planned, run_name, settings, tested_with
 from .comparison import Loaded, figures, first_times, load_for, rank_table
 from .datasets import SetSpec, download
 from .diagnostics import schema_confusion
@@ -33,6 +33,7 @@ from .recommender import UniRec
 from .schema import TYPES, read_yaml
 from .steps import Data, embed, towers
 from .store import TABLES, Catalogue
+from .verdicts import Recorded, judge, pairs, read_ranks, read_rows, recorded
 
 # %% ../nbs/19_questions.ipynb #cell-006
 def there(root: Path, params: Mapping, dataset: str) -> bool:
