@@ -68,7 +68,7 @@ def test_a_question_can_be_run(root, params, name):
     assert len(set(planned(q))) == len(planned(q)) and q.reference in q.variants
     if name == "every_variant":
         return
-    assert q.claim and q.refuted_by and q.claims and len(q.seeds) >= claims.LEAST_SEEDS
+    assert q.claim and q.refuted_by and q.claims and len(q.seeds) >= verdicts.LEAST_SEEDS
     assert "last5" in q.protocols and {"sample_large", "all_beauty"} <= set(q.datasets)
     assert max(len(q.seeds) + len(more) for more in q.more_seeds.values()) == 5 and q.reference in q.more_seeds
     assert all(set(told.get("where", q.datasets)) <= set(q.datasets) for told in q.claims.values())
