@@ -214,6 +214,7 @@ def all_asked(root: Path) -> list[Asked]:
         out.append(Asked(q, f"experiments/{chapters[0].name}" if chapters else "", verdicts[verdicts.verdict != "not run yet"], read_rows(root, q.name)))
     return sorted(out, key=lambda a: (a.chapter == "", a.chapter, a.question.name))
 
+# %% ../nbs/19_answers.ipynb #cell-029
 def on_sets(asked: Asked, claim: str, protocol: str = "leave_one_out") -> pd.DataFrame:
     "The verdicts on a claim, null worlds left out, in the order of the question's data sets; `share`, `share_low`, `share_high`, `share_highest`: the difference, its interval, and the upper end of the corrected one as shares of the rival's MRR."
     v = asked.verdicts
@@ -230,6 +231,7 @@ def in_short(asked: Asked, ours: str, row, params: Mapping) -> str:  # row: of `
     place = tested_on(asked.question, row.dataset, ours)
     return f"{place} ({'synthetic, ' if synthetic(asked, place, params) else ''}{'' if place == row.dataset else f'trained on {row.dataset}, '}{row.share:+.1%}{', ' + alike(row) if row.word == 'one model' else ''})"
 
+# %% ../nbs/19_answers.ipynb #cell-031
 def overview(root: Path, params: Mapping) -> str:
     "Of each claim the verdicts and the differences to the strongest rival, how many are not judged, and what the runs took; from `experiments/results/`."
     rows, asked = [["question", "claim", *(head := ("holds", "does not hold", "undecided"))]], all_asked(root)
@@ -255,7 +257,7 @@ def overview(root: Path, params: Mapping) -> str:
     if waiting: parts.append("Claims that are not run yet: " + ", ".join(f"{title} ({n})" for title, n in waiting.items()) + ".")
     return "\n\n".join(parts)
 
-# %% ../nbs/19_answers.ipynb #cell-030
+# %% ../nbs/19_answers.ipynb #cell-034
 def by_rule(root: Path, params: Mapping) -> str:
     "How many tests say what by each rule, and those of which the rules do not say the same."
     words, asked = ("holds", "does not hold", "undecided"), all_asked(root)
@@ -281,7 +283,7 @@ def nulls(root: Path, params: Mapping) -> str:
             for one in all_asked(root) for claim, own in one.question.claims.items() for r in one.verdicts[(one.verdicts.claim == claim) & (one.verdicts.protocol == "leave_one_out") & one.verdicts.null.astype(bool)].itertuples()]
     return markdown([["question", "claim", "null world (synthetic)", "verdict", "difference", "p after Holm", "MRR of the rival", "detectable"], *rows]) if rows else "Not run yet."
 
-# %% ../nbs/19_answers.ipynb #cell-033
+# %% ../nbs/19_answers.ipynb #cell-037
 SETS = {"sample": "#7fb3ae", "sample_large": "#0b8a83", "all_beauty": "#b4552d", "posters": "#5b5ea6", "movielens": "#b08a1e"}      # data set -> colour
 
 @mpl.rc_context(PLOT_STYLE)

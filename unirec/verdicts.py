@@ -18,7 +18,7 @@ from scipy import stats
 from .claims import Question, jobs, planned, run_name, tested_with
 from .significance import detectable, holm, one_start, seeds_and_users, verdict
 
-# %% ../nbs/18_verdicts.ipynb #cell-007
+# %% ../nbs/18_verdicts.ipynb #cell-008
 @dataclass
 class Recorded:
     "The runs of a question that are there."
@@ -29,7 +29,7 @@ class Recorded:
     stale: int = 0        # rows by an earlier state of the code
     others: int = 0       # rows of other settings, left out
 
-# %% ../nbs/18_verdicts.ipynb #cell-008
+# %% ../nbs/18_verdicts.ipynb #cell-009
 NEEDED = ("run", "dataset", "variant", "seed", "protocol")
 
 def read_rows(root: Path, name: str) -> pd.DataFrame:
@@ -47,7 +47,7 @@ def read_rows(root: Path, name: str) -> pd.DataFrame:
         if wrong.any(): raise ValueError(f"{path}, row {int(wrong.idxmax()) + 2}: {c} is {'empty' if pd.isna(rows[c][wrong.idxmax()]) else repr(rows[c][wrong.idxmax()])}, expected {'a whole number' if c == 'seed' else 'a text'}; {mend}")
     return rows.astype({"seed": int})
 
-# %% ../nbs/18_verdicts.ipynb #cell-009
+# %% ../nbs/18_verdicts.ipynb #cell-010
 def read_ranks(root: Path, name: str) -> pd.DataFrame:  # run, user, position, full, new
     "The ranks of a question's runs; an empty table where there are none; raises ValueError for a file that cannot be read, or ranks that are none."
     path = Path(root) / "experiments" / "results" / f"{name}.ranks.parquet"
@@ -58,13 +58,13 @@ def read_ranks(root: Path, name: str) -> pd.DataFrame:  # run, user, position, f
     if wrong.any(): raise ValueError(f"{path}: run {ranks.run[wrong.argmax()]}, user {ranks.user[wrong.argmax()]} has rank {ranks.full[wrong.argmax()]}, expected 1 or more; take its last committed state")
     return ranks
 
-# %% ../nbs/18_verdicts.ipynb #cell-011
+# %% ../nbs/18_verdicts.ipynb #cell-012
 def new_mrr(ranks: pd.DataFrame) -> pd.Series:  # run -> MRR
     "MRR over the targets that are new to their users; a user counts once."
     new = ranks[ranks.new.astype(bool)]
     return (1 / new.full).groupby([new.run, new.user]).mean().groupby("run").mean()
 
-# %% ../nbs/18_verdicts.ipynb #cell-013
+# %% ../nbs/18_verdicts.ipynb #cell-014
 def recorded(root: Path, q: Question, params: Mapping, code: str) -> Recorded:  # code: hash of the present code
     "The rows of the present settings, the newest of each."
     rows, wanted, root = read_rows(root, q.name), planned(q), Path(root)
@@ -83,14 +83,14 @@ def recorded(root: Path, q: Question, params: Mapping, code: str) -> Recorded:  
     mine = mine.assign(new_mrr=mine.run.map(new_mrr(ranks)))
     return Recorded(q, mine, ranks, len(wanted), int(mine.stale.sum()), len(rows) - len(mine))
 
-# %% ../nbs/18_verdicts.ipynb #cell-015
+# %% ../nbs/18_verdicts.ipynb #cell-016
 LEAST_SEEDS = 3
 RULE = ("**The rule**, written with the first runs and changed three times after a look (the chapter on the rule counts what that did). A claim names the form it speaks for and its rivals. Per data set and protocol, the difference of the test MRR to each rival, over the targets that are new to their users, is tested over users and seeds (seed by seed where both go on from one stage 1, or are one model), with Holm's correction over all pairs "
         "of the question there. It **holds** where the form is better than every rival: corrected p below 0.05. It **does not hold** where at least one rival is better by the same measure, or where the whole interval to a "
         "rival (corrected for the number of pairs) lies below the smallest gain that counts, {smallest:.0%} of the rival's MRR. Everything else is **undecided**, and the smallest difference that would be found four times in five stands beside it. "
         f"With fewer than {LEAST_SEEDS} seeds on either side, or fewer in which the two are not one model to the last weight, nothing is decided. In a null world, where nothing can be gained, the claim must not hold.")
 
-# %% ../nbs/18_verdicts.ipynb #cell-016
+# %% ../nbs/18_verdicts.ipynb #cell-017
 def pair_word(low: float, high: float, p: float,  # 95% interval, corrected p
               highest: float,                     # upper end of the corrected interval
               least: float) -> str:               # the smallest gain that counts
@@ -104,7 +104,7 @@ def claim_word(words: list[str]) -> str:  # of the pairs; "not run", "few seeds"
     if any(w in ("worse", "too small") for w in words): return "does not hold"
     return "holds" if all(w == "better" for w in words) else "undecided"
 
-# %% ../nbs/18_verdicts.ipynb #cell-020
+# %% ../nbs/18_verdicts.ipynb #cell-021
 def reciprocal(found: Recorded, dataset: str, protocol: str, every: bool = False) -> dict[str, pd.DataFrame]:  # variant -> (seeds, users)
     "Reciprocal ranks of the targets that are new to a user, or of every target, mean over its events; raises ValueError where a run has no ranks."
     part = found.rows[(found.rows.dataset == dataset) & (found.rows.protocol == protocol)].sort_values("seed")
@@ -116,13 +116,13 @@ def reciprocal(found: Recorded, dataset: str, protocol: str, every: bool = False
         if x.isna().any(axis=None): raise ValueError(f"{found.question.name}: the seeds of {v!r} on {dataset} do not rank for the same users; run `python -m unirec.questions experiments/{found.question.name}.yaml`")
     return out
 
-# %% ../nbs/18_verdicts.ipynb #cell-021
+# %% ../nbs/18_verdicts.ipynb #cell-022
 def start(q: Question, name: str) -> dict:
     "What a variant's stage 1 is made with; variants of which it is the same go on from one."
     own = q.variants[q.at_test.get(name, {}).get("of", name)]
     return {k: v for k, v in own.items() if own.get("finetune.mode") == "end_to_end" or not k.startswith(("llm.", "finetune."))}
 
-# %% ../nbs/18_verdicts.ipynb #cell-024
+# %% ../nbs/18_verdicts.ipynb #cell-025
 def strict(ours: np.ndarray, theirs: np.ndarray, level: float = 0.95) -> dict[str, float]:  # as `seeds_and_users`
     "The wider interval and the larger p of `seeds_and_users` and of Welch's t-test over the seeds' means."
     over_both, welch = seeds_and_users(ours, theirs, level), stats.ttest_ind(ours.mean(1), theirs.mean(1), equal_var=False)
@@ -133,7 +133,7 @@ def strict(ours: np.ndarray, theirs: np.ndarray, level: float = 0.95) -> dict[st
 
 RULES = {"now": {}, "first": {"every": True, "apart": True}, "strict": {"stricter": True}, "differing": {"differing": True}}   # keywords of `pairs`
 
-# %% ../nbs/18_verdicts.ipynb #cell-025
+# %% ../nbs/18_verdicts.ipynb #cell-026
 def one_pair(ours: pd.DataFrame | None, rival: pd.DataFrame | None,  # (seeds, users) reciprocal ranks; None: not run
              smallest: float, tests: int,
              together: bool = False,                                  # do both go on from one start? Then only the seeds that both have count
@@ -151,7 +151,7 @@ def one_pair(ours: pd.DataFrame | None, rival: pd.DataFrame | None,  # (seeds, u
     return {**counts, "same": same, "users": a.shape[1], "mrr": a.mean(), "rival_mrr": b.mean(), **{k: d[k] for k in ("difference", "low", "high", "p")},
             "detectable": np.nan if word else detectable(d["se"], d["df"]), "highest": wide["high"], "least": smallest * b.mean(), "word": word}
 
-# %% ../nbs/18_verdicts.ipynb #cell-026
+# %% ../nbs/18_verdicts.ipynb #cell-027
 def pairs(found: Recorded, every: bool = False,  # over every target, not the new ones alone
           apart: bool = False,                   # seeds of all forms are drawn apart
           stricter: bool = False,
@@ -170,7 +170,7 @@ def pairs(found: Recorded, every: bool = False,  # over every target, not the ne
                 out.append(r | {"holm": p, "word": few or pair_word(r["low"], r["high"], p, r["highest"], r["least"])})
     return pd.DataFrame(out)
 
-# %% ../nbs/18_verdicts.ipynb #cell-027
+# %% ../nbs/18_verdicts.ipynb #cell-028
 def judge(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol and claim: verdict, and the rival that it rests on: the nearest, or one that refutes; `first`, `strict`, `differing`: the verdicts by other rules
     "The verdicts."
     q, out = found.question, []
@@ -185,7 +185,7 @@ def judge(found: Recorded) -> pd.DataFrame:  # a row per data set, protocol and 
                     **{k: nearest.get(k, np.nan) for k in ("mrr", "rival_mrr", "difference", "low", "high", "highest", "holm", "detectable", "seeds", "rival_seeds", "same")}, **{rule: words[dataset, protocol, claim] for rule, words in said.items()}, "recorded": run, "planned": wanted})
     return pd.DataFrame(out)
 
-# %% ../nbs/18_verdicts.ipynb #cell-029
+# %% ../nbs/18_verdicts.ipynb #cell-030
 def made_up(q: Question, strength: Mapping[str, float],  # of each variant that is there
             datasets: tuple[str, ...], seeds: Iterable[int], users: int = 300) -> Recorded:
     "Runs with ranks drawn around a strength, without any effect in null worlds: for tests and demonstrations only."
