@@ -1,5 +1,5 @@
 # make repro | verify | test | book | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
-# Every job first sets up what it needs (see .ci/env.sh): an active environment that has the packages is used as it is,
+# Every job first sets up what it needs (see tools/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -11,7 +11,7 @@ PROFILE ?= mini
 # further words for `dvc repro`, for example ARGS='finetune@sample'
 ARGS ?=
 
-SETUP = set -eo pipefail; source .ci/env.sh
+SETUP = set -eo pipefail; source tools/env.sh
 # DVC asks for git, and is told where there is none (a source archive)
 SCM = if [ -e $(1) ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; else dvc config --local core.no_scm true; fi
 # tables and vectors of the sets that the pipeline makes
@@ -37,7 +37,7 @@ test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)
 
 book:  ## the notebooks as a site that needs no network: _book/index.html
-	@NEEDS=book; $(SETUP); python .ci/book.py $(ARGS)
+	@NEEDS=book; $(SETUP); python tools/book.py $(ARGS)
 
 tune:  ## tune the opponents on valid within the budget of params.yaml, and write the best settings there (resumes)
 	@$(SETUP); $(VECTORS); python -m unirec.tuning --write $(ARGS)
@@ -58,7 +58,7 @@ lab:  ## open JupyterLab on the notebooks
 	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs $$root $(ARGS)
 
 readme:  ## write README.md from nbs/index.ipynb
-	@$(SETUP); python .ci/readme.py
+	@$(SETUP); python tools/readme.py
 
 clean-env:  ## remove .venv (data, models and results stay)
 	rm -rf .venv unirec_companion.egg-info

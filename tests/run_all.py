@@ -56,14 +56,14 @@ def check_house(counts: Counter) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "copy"
         copy.mkdir()
-        for name in ("nbs", "unirec", ".ci"):
+        for name in ("nbs", "unirec", "tools"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
         for name in ("settings.ini", "pyproject.toml", "README.md"):
             if (ROOT / name).exists():
                 shutil.copy2(ROOT / name, copy / name)
         for name, command in (("nbdev_export changes nothing", [tool("nbdev_export")]),
                               ("nbdev_clean changes nothing", [tool("nbdev_clean")]),
-                              ("README.md is what nbs/index.ipynb makes", [sys.executable, ".ci/readme.py", str(copy)])):
+                              ("README.md is what nbs/index.ipynb makes", [sys.executable, "tools/readme.py", str(copy)])):
             before = sources(copy)
             code, output = run(command, copy)
             after = sources(copy)

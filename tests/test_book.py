@@ -14,7 +14,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / ".ci"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import book  # noqa: E402
 
 HERE = PurePosixPath(".")
@@ -146,11 +146,16 @@ def test_equations_become_mathml_and_prices_and_code_do_not():
         book.prose(r"$\nosuchcommand x$", HERE, set())
 
 
+def module_of(root: Path, path: Path) -> str:
+    "`wing.module` of a file of the package."
+    return ".".join(path.relative_to(root / "unirec").with_suffix("").parts)
+
+
 def test_reference_has_every_exported_symbol(root):
-    modules = sorted(p for p in (root / "unirec").glob("*.py") if not p.name.startswith("_"))
+    modules = sorted(p for p in (root / "unirec").rglob("*.py") if not p.name.startswith("_"))
     assert modules
     for path in modules:
-        text = book.reference(path, "chapter", "Chapter")
+        text = book.reference(path, module_of(root, path), "chapter", "Chapter")
         tree = ast.parse(path.read_text(encoding="utf8"))
         exported = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
         entries = re.findall(r"^##+ `([\w.]+)` \{ #\1 \}$", text, re.M)
@@ -174,7 +179,7 @@ class C:
     def _inner(self): pass
 def f(a, b=None): "Two."
 ''')
-    text = book.reference(tmp_path / "m.py", "00_m", "Chapter M")
+    text = book.reference(tmp_path / "m.py", "m", "00_m", "Chapter M")
     assert "> What it is." in text and "[Chapter M](../00_m.md)" in text and '{"a": 1}' in text and "_inner" not in text
     assert "C.go(x: list[int], *, fast: bool=False, **more) -> str" in text and "Walk &lt; run." in text
     assert "<td><code>n</code></td><td><code>int</code></td><td><code>3</code></td><td>how many</td>" in text
@@ -196,8 +201,9 @@ def test_site_has_every_chapter_with_its_neighbours(root, site):
     for name in order:
         text = (site / name).read_text(encoding="utf8")
         assert ("md-footer__link--next" in text) and ("md-footer__link--prev" in text or name == "index.html"), name
-    for path in (root / "unirec").glob("[!_]*.py"):
-        assert (site / "reference" / f"{path.stem}.html").exists() and (site / "files" / "unirec" / f"{path.name}.html").exists()
+    for path in (root / "unirec").rglob("[!_]*.py"):
+        assert (site / "reference" / f"{module_of(root, path)}.html").exists()
+        assert (site / "files" / f"{path.relative_to(root)}.html").exists()
 
 
 def test_site_loads_nothing_from_outside(site):

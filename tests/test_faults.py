@@ -145,12 +145,13 @@ def test_fault_01_everything_imports(root):
     for path in (root / "nbs").rglob("*.ipynb"):
         for cell in json.loads(path.read_text(encoding="utf8"))["cells"]:
             if found := re.match(r"#\|\s*default_exp\s+(\S+)", "".join(cell["source"])): exported.add(found[1])
-    assert exported == {p.stem for p in (root / "unirec").glob("*.py")} - {"__init__", "_modidx"}
+    modules = [p.relative_to(root / "unirec").with_suffix("").parts for p in (root / "unirec").rglob("*.py")]
+    assert exported == {".".join(parts) for parts in modules if parts[-1] not in ("__init__", "_modidx")}
     undefined = []
     for name in sorted(exported):
         module = importlib.import_module(f"unirec.{name}")
         known = {*vars(module), *vars(builtins)}
-        whole = compile((root / "unirec" / f"{name}.py").read_text(encoding="utf8"), name, "exec")
+        whole = compile((root / "unirec" / f"{name.replace('.', '/')}.py").read_text(encoding="utf8"), name, "exec")
         for code in functions_of(whole):
             undefined += [f"{name}: {i.argval}" for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL" and i.argval not in known]
     assert not undefined
@@ -412,7 +413,7 @@ def test_fault_12_a_checkpoint_carries_no_vocabulary(model, toy_project, tmp_pat
 def test_fault_12_no_token_is_added(root, model):
     "The LLM reads vectors; no vocabulary is made larger."
     assert isinstance(model.llm.body.get_base_model().embed_tokens, torch.nn.Identity)
-    for path in (root / "unirec").glob("*.py"):
+    for path in (root / "unirec").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
             assert not (isinstance(node, ast.Attribute) and node.attr in ("resize_token_embeddings", "add_tokens", "add_special_tokens")), f"{path.name}: line {node.lineno}"
 

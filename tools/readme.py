@@ -1,4 +1,4 @@
-"""Write README.md from nbs/index.ipynb: `python .ci/readme.py [root folder]`."""
+"""Write README.md from nbs/index.ipynb: `python tools/readme.py [root folder]`."""
 import re
 import sys
 from pathlib import Path, PurePosixPath

@@ -44,9 +44,9 @@ unirec_make_venv() {
     fi
     if [ -f .venv/.installed ] && [ "$(cat .venv/.installed)" = "$(unirec_stamp)" ]; then
         [ -z "${NEEDS:-}" ] && return
-        .venv/bin/python .ci/check_env.py $NEEDS && return
+        .venv/bin/python tools/check_env.py $NEEDS && return
     fi
-    if [ ! -f .venv/.installed ] && [ ! -f .venv/.installing ] && .venv/bin/python .ci/check_env.py ${NEEDS:-} 2>/dev/null; then
+    if [ ! -f .venv/.installed ] && [ ! -f .venv/.installing ] && .venv/bin/python tools/check_env.py ${NEEDS:-} 2>/dev/null; then
         unirec_stamp > .venv/.installed  # made by hand, and complete
         return
     fi
@@ -65,7 +65,7 @@ unirec_make_venv() {
 
 active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
 if [ -n "$active" ] && [ "$active" != "$PWD/.venv" ] && [ -x "$active/bin/python" ]; then
-    if "$active/bin/python" .ci/check_env.py ${NEEDS:-}; then
+    if "$active/bin/python" tools/check_env.py ${NEEDS:-}; then
         export PATH="$active/bin:$PATH"
     else
         echo "The active environment $active is left alone; .venv is used instead."

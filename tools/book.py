@@ -1,4 +1,4 @@
-"""Build the book, a site that needs no network, from the notebooks as they are: `python .ci/book.py [root folder [site folder]]`."""
+"""Build the book, a site that needs no network, from the notebooks as they are: `python tools/book.py [root folder [site folder]]`."""
 import ast
 import base64
 import html
@@ -20,16 +20,18 @@ from readme import visible
 
 # Part -> names of notebooks under nbs/ in the order of reading; a pattern takes what no name before it took, in order of names.
 PARTS = {
-    "Start": ["index", "21_your_shop"],
-    "The data": ["00_schema", "00_propose", "00_presets", "01_marketplace", "01_sample", "01_fetch", "01_archives", "01_pictures", "01_sources",
-                 "02_raw", "02_columns", "02_tables", "02_reviews", "02_amazon", "02_yelp", "02_datasets", "03_splits", "03_prepare", "0[0-3]_*"],
-    "Encoders": ["04_weights", "04_encoders", "04_openclip", "04_numbers", "04_modalities", "05_files", "05_vectors", "05_store", "0[45]_*"],
-    "The model": ["06_*", "07_*", "08_*", "09_*", "10_llm", "10_*"],
-    "Training": ["11_*", "13_memory", "13_resume", "13_training", "14_task"],
-    "Evaluation": ["12_metrics", "12_significance", "12_breakdowns", "12_*", "13_*", "15_figures", "15_standing"],
-    "Opponents": ["14_baselines", "14_bpr", "14_sequential", "14_text_llm", "14_released", "14_*", "18_opponents", "18_tuning", "19_comparison", "19_*"],
-    "The pipeline": ["16_*", "17_*", "2[0-9]_*", "15_quality", "15_page", "15_report", "15_*", "stages/*"],
-    "Experiments": ["18_experiments", "18_fingerprint", "18_*", "experiments/*"],
+    "Start": ["index", "guides/01_your_shop"],
+    "The data": ["data/*"],
+    "Encoders": ["encoders/*"],
+    "The model": ["model/*"],
+    "Evaluation": ["evaluation/*"],
+    "Training": ["training/*"],
+    "Baselines": ["baselines/*"],
+    "The pipeline": ["pipeline/*", "00_cli", "guides/02_on_your_gpu", "stages/*"],
+    "Experiments": ["experiments/*"],
+    "Results": ["results/*"],
+    "Pages and plots": ["report/*"],
+    "Helpers": ["core/*"],
 }
 WORDS = re.compile(r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<tick>`+)(?!`).+?(?P=tick))"
                    r"|\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?P<inline>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?!\d)", re.M | re.S)
@@ -49,7 +51,7 @@ def chapters(nbs: Path) -> dict[str, list[str]]:
             parts[part] += taken
             left = [name for name in left if name not in taken]
     if left:
-        raise ValueError(f"no part of the book takes {', '.join(left)}: name it in PARTS of .ci/book.py")
+        raise ValueError(f"no part of the book takes {', '.join(left)}: name it in PARTS of tools/book.py")
     return parts
 
 
@@ -184,7 +186,7 @@ def defined(node: ast.AST) -> list[str]:
 
 def entry(node: ast.AST, symbol: str, source: str, said: dict[int, str], module: str, owner: str = "") -> list[str]:
     "The entry of one symbol: heading, signature, docstring, parameters, link to its source; then the methods of a class."
-    link = f"[source](../files/unirec/{module}.py.md#__codelineno-0-{node.lineno})"
+    link = f"[source](../files/unirec/{module.replace('.', '/')}.py.md#__codelineno-0-{node.lineno})"
     name = owner + symbol
     if isinstance(node, ast.Assign | ast.AnnAssign):
         text = ast.get_source_segment(source, node).splitlines()
@@ -201,14 +203,14 @@ def entry(node: ast.AST, symbol: str, source: str, said: dict[int, str], module:
     return [part for part in parts if part]
 
 
-def reference(path: Path, chapter: str, title: str) -> str:
+def reference(path: Path, module: str, chapter: str, title: str) -> str:
     "The page of one module: every exported symbol in the order of `__all__`."
     source = path.read_text(encoding="utf8")
     tree, said = ast.parse(source), comments(source)
     known = {name: node for node in tree.body for name in defined(node)}
-    parts = ["---\nsearch: {boost: 0.5}\n---", f"# unirec.{path.stem}", f"> {ast.get_docstring(tree)}", f"Chapter: [{title}](../{chapter}.md)"]
+    parts = ["---\nsearch: {boost: 0.5}\n---", f"# unirec.{module}", f"> {ast.get_docstring(tree)}", f"Chapter: [{title}](../{chapter}.md)"]
     for name in ast.literal_eval(known["__all__"].value):
-        parts += entry(known[name], name, source, said, path.stem)
+        parts += entry(known[name], name, source, said, module)
     return "\n\n".join(parts) + "\n"
 
 
@@ -232,7 +234,7 @@ def prepare(root: Path, folder: Path) -> list[dict]:
     for part, names in chapters(root / "nbs").items():
         entries = []
         for name in names:
-            module = re.search(r"^#\|\s*default_exp\s+(\w+)", "\n".join(c.source for c in nbformat.read(root / "nbs" / f"{name}.ipynb", 4).cells), re.M)
+            module = re.search(r"^#\|\s*default_exp\s+([\w.]+)", "\n".join(c.source for c in nbformat.read(root / "nbs" / f"{name}.ipynb", 4).cells), re.M)
             note = f"Module `unirec.{module[1]}`: [reference](reference/{module[1]}.md)\n{{: .module }}" if module else ""
             title = page(root / "nbs" / f"{name}.ipynb", name, docs, linked, note)
             modules |= {module[1]: (name, title)} if module else {}
@@ -244,12 +246,13 @@ def prepare(root: Path, folder: Path) -> list[dict]:
         next(part for part in contents if "The pipeline" in part)["The pipeline"].append({f"Executed on {name}": runs})
     (docs / "reference").mkdir()
     for module, chapter in sorted(modules.items()):
-        (docs / "reference" / f"{module}.md").write_text(reference(root / "unirec" / f"{module}.py", *chapter), encoding="utf8")
-        linked.add(f"unirec/{module}.py")
+        source = f"unirec/{module.replace('.', '/')}.py"
+        (docs / "reference" / f"{module}.md").write_text(reference(root / source, module, *chapter), encoding="utf8")
+        linked.add(source)
     contents.append({"Reference": [{module: f"reference/{module}.md"} for module in sorted(modules)]})
     for file in sorted(linked):
         listing(root, file, docs)
-    look = root / ".ci" / "book"
+    look = root / "tools" / "book"
     for name in ("book.css", "iframe-worker.js"):
         shutil.copyfile(look / name, docs / name)
     (docs / "images").mkdir()
