@@ -1,4 +1,5 @@
 """What all tests share."""
+
 import os
 import shutil
 import subprocess
@@ -26,10 +27,21 @@ def root() -> Path:
 def project_files(root: Path) -> list[Path]:
     "Every file that is, or would be, tracked: from git where there is a checkout, else all but the usual leftovers."
     if (root / ".git").exists():
-        listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                                cwd=root, capture_output=True, check=True).stdout.decode().split("\0")
+        listed = (
+            subprocess.run(
+                ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                cwd=root,
+                capture_output=True,
+                check=True,
+            )
+            .stdout.decode()
+            .split("\0")
+        )
         return sorted(root / name for name in listed if name and (root / name).is_file())
-    ignored = {line.strip().strip("/") for line in (root / ".gitignore").read_text().splitlines()} | {"cache", "tmp"}
+    ignored = {line.strip().strip("/") for line in (root / ".gitignore").read_text().splitlines()} | {
+        "cache",
+        "tmp",
+    }
     files = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in ignored and not name.endswith(".egg-info")]
@@ -54,5 +66,6 @@ def chromium():
 def toy_project(tmp_path_factory) -> tuple[Path, dict]:
     "Folder and parameters of one toy run of all steps (40 products, 60 customers); read it, change nothing in it."
     from unirec.steps import toy
+
     folder = tmp_path_factory.mktemp("toy")
     return folder, toy(folder)

@@ -3,6 +3,7 @@
 The last line is `N passed, N failed`, notebooks and tests together; the exit code is 1 when anything failed.
 Nothing in this tree is changed: what export, clean and the README would change is found in a copy.
 """
+
 import argparse
 import os
 import shutil
@@ -31,8 +32,16 @@ def run(command: list[str], folder: Path, **more_env: str) -> tuple[int, str]:
     "Run a command in a folder; its exit code and all it printed."
     env = os.environ | {"PYTHONPATH": str(folder)} | more_env
     try:
-        done = subprocess.run(command, cwd=folder, env=env, text=True, errors="replace", timeout=LIMIT,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=env,
+            text=True,
+            errors="replace",
+            timeout=LIMIT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     except subprocess.TimeoutExpired:
         return 1, f"stopped after {LIMIT} s"
     return done.returncode, done.stdout
@@ -47,8 +56,11 @@ def tool(name: str) -> str:
 def sources(root: Path) -> dict[str, bytes]:
     "What the notebooks define: notebooks, exported modules and the README."
     files = [*(root / "nbs").rglob("*.ipynb"), *(root / "unirec").rglob("*.py"), root / "README.md"]
-    return {str(f.relative_to(root)): f.read_bytes() for f in files
-            if f.is_file() and ".ipynb_checkpoints" not in f.parts}
+    return {
+        str(f.relative_to(root)): f.read_bytes()
+        for f in files
+        if f.is_file() and ".ipynb_checkpoints" not in f.parts
+    }
 
 
 def check_house(counts: Counter) -> None:
@@ -57,18 +69,24 @@ def check_house(counts: Counter) -> None:
         copy = Path(scratch) / "copy"
         copy.mkdir()
         for name in ("nbs", "unirec", "tools"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            shutil.copytree(
+                ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+            )
         for name in ("settings.ini", "pyproject.toml", "README.md"):
             if (ROOT / name).exists():
                 shutil.copy2(ROOT / name, copy / name)
-        for name, command in (("nbdev_export changes nothing", [tool("nbdev_export")]),
-                              ("nbdev_clean changes nothing", [tool("nbdev_clean")]),
-                              ("README.md is what nbs/index.ipynb makes", [sys.executable, "tools/readme.py", str(copy)])):
+        for name, command in (
+            ("nbdev_export changes nothing", [tool("nbdev_export")]),
+            ("nbdev_clean changes nothing", [tool("nbdev_clean")]),
+            ("README.md is what nbs/index.ipynb makes", [sys.executable, "tools/readme.py", str(copy)]),
+        ):
             before = sources(copy)
             code, output = run(command, copy)
             after = sources(copy)
             changed = sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f))
-            report(counts, code == 0 and not changed, name, f"changed: {', '.join(changed)}" if changed else "")
+            report(
+                counts, code == 0 and not changed, name, f"changed: {', '.join(changed)}" if changed else ""
+            )
             if code != 0:
                 print(output, flush=True)
 
@@ -76,16 +94,24 @@ def check_house(counts: Counter) -> None:
 def check_notebook(path: Path) -> tuple[Path, bool | None, float, str]:
     "Run one notebook by nbdev_test, in a process of its own."
     start = time.monotonic()
-    code, output = run([tool("nbdev_test"), "--path", str(path), "--n_workers", "0"], ROOT,
-                       OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MPLBACKEND="agg")
+    code, output = run(
+        [tool("nbdev_test"), "--path", str(path), "--n_workers", "0"],
+        ROOT,
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
+        MPLBACKEND="agg",
+    )
     skipped = code == 0 and "No files were eligible" in output
     return path, None if skipped else code == 0, time.monotonic() - start, output
 
 
 def check_notebooks(counts: Counter) -> None:
     "Run every notebook under nbs/, two at a time."
-    found = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
-                   if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))
+    found = sorted(
+        p
+        for p in (ROOT / "nbs").rglob("*.ipynb")
+        if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts)
+    )
     if not found:
         report(counts, False, "notebooks", "there are none under nbs/")
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -99,8 +125,11 @@ def check_pytest(counts: Counter) -> None:
     "Run pytest and add up what its report says."
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "junit.xml"
-        done = subprocess.run([sys.executable, "-m", "pytest", "-v", "--durations=5", f"--junitxml={xml}"], cwd=ROOT,
-                              env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"})
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-v", "--durations=5", f"--junitxml={xml}"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        )
         if not xml.exists():
             report(counts, False, "pytest", f"it ended with {done.returncode} and wrote no report")
             return
@@ -125,8 +154,11 @@ def main() -> int:
         print(f"\n== {name}", flush=True)
         PARTS[name](counts)
     print()
-    print(f"{counts['passed']} passed, {counts['failed']} failed"
-          + (f", {counts['skipped']} skipped" if counts["skipped"] else ""), flush=True)
+    print(
+        f"{counts['passed']} passed, {counts['failed']} failed"
+        + (f", {counts['skipped']} skipped" if counts["skipped"] else ""),
+        flush=True,
+    )
     return 1 if counts["failed"] else 0
 
 

@@ -1,4 +1,5 @@
 "The baselines as one family: they learn what is there, they repeat themselves, and they judge by one rule."
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,21 +18,37 @@ SMALL = {"width": 16, "length": 12, "batch": 32, "steps": 8}
 BRIEF = FitConfig(epochs=8, lr=1e-2, patience=4)
 TRAINED = {
     "sasrec": lambda *data, fit, vectors: sasrec(*data, SASRecConfig(**SMALL), fit),
-    "sasrec_vectors": lambda *data, fit, vectors: sasrec(*data, SASRecConfig(**SMALL, source="vectors"), fit, vectors),
-    "sasrec_both": lambda *data, fit, vectors: sasrec(*data, SASRecConfig(**SMALL, source="both"), fit, vectors),
+    "sasrec_vectors": lambda *data, fit, vectors: sasrec(
+        *data, SASRecConfig(**SMALL, source="vectors"), fit, vectors
+    ),
+    "sasrec_both": lambda *data, fit, vectors: sasrec(
+        *data, SASRecConfig(**SMALL, source="both"), fit, vectors
+    ),
     "gru4rec": lambda *data, fit, vectors: gru4rec(*data, GRU4RecConfig(**SMALL, hidden=24), fit),
     "bpr": lambda *data, fit, vectors: bpr(*data, BPRConfig(width=16, batch=128, steps=8), fit),
 }
-COUNTED = {"markov": lambda train, vectors: markov(train), "itemknn": lambda train, vectors: itemknn(train),
-           "mean_vectors": lambda train, vectors: mean_vectors(vectors)}
+COUNTED = {
+    "markov": lambda train, vectors: markov(train),
+    "itemknn": lambda train, vectors: itemknn(train),
+    "mean_vectors": lambda train, vectors: mean_vectors(vectors),
+}
 
 
 def histories(events: np.ndarray) -> Histories:
     "From a table of items, one row a user, oldest first."
     users, length = events.shape
-    return Histories.from_frame(pd.DataFrame({
-        "user": np.repeat(np.arange(users), length), "item": events.ravel(), "timestamp": np.tile(np.arange(length), users),
-        "rating": np.float32("nan")}), users, N_ITEMS)
+    return Histories.from_frame(
+        pd.DataFrame(
+            {
+                "user": np.repeat(np.arange(users), length),
+                "item": events.ravel(),
+                "timestamp": np.tile(np.arange(length), users),
+                "rating": np.float32("nan"),
+            }
+        ),
+        users,
+        N_ITEMS,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +65,26 @@ def world() -> dict:
             walks[user, step] = group * SIZE + place
             place = (place + 1) % SIZE
     angle = 2 * np.pi * (np.arange(N_ITEMS) % SIZE) / SIZE
-    vectors = np.concatenate([np.eye(N_GROUPS + 1)[np.arange(N_ITEMS) // SIZE], np.stack([np.cos(angle), np.sin(angle)], 1)], 1)
+    vectors = np.concatenate(
+        [np.eye(N_GROUPS + 1)[np.arange(N_ITEMS) // SIZE], np.stack([np.cos(angle), np.sin(angle)], 1)], 1
+    )
     train = histories(walks[:, :-2])
-    return {"train": train, "valid": walks[:, -2], "histories": train.append(histories(walks[:, -2:-1])), "test": walks[:, -1], "vectors": vectors}
+    return {
+        "train": train,
+        "valid": walks[:, -2],
+        "histories": train.append(histories(walks[:, -2:-1])),
+        "test": walks[:, -1],
+        "vectors": vectors,
+    }
 
 
 @pytest.fixture(scope="module")
 def trained(world) -> dict:
     "Every trained baseline, once."
-    return {name: learn(world["train"], world["valid"], fit=BRIEF, vectors=world["vectors"]) for name, learn in TRAINED.items()}
+    return {
+        name: learn(world["train"], world["valid"], fit=BRIEF, vectors=world["vectors"])
+        for name, learn in TRAINED.items()
+    }
 
 
 def mrr(scorer, world) -> float:
@@ -76,7 +104,9 @@ def test_a_trained_baseline_beats_popularity(world, trained, name):
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_a_counted_baseline_beats_popularity(world, name):
-    assert mrr(COUNTED[name](world["train"], world["vectors"]), world) > 1.5 * mrr(popularity(world["train"]), world)
+    assert mrr(COUNTED[name](world["train"], world["vectors"]), world) > 1.5 * mrr(
+        popularity(world["train"]), world
+    )
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -89,7 +119,14 @@ def test_the_best_epoch_is_kept(world, trained, name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_seed_gives_the_same_weights_and_another_seed_gives_others(world, name):
-    learn = lambda seed: weights(TRAINED[name](world["train"], world["valid"], fit=FitConfig(epochs=1, lr=1e-2, seed=seed), vectors=world["vectors"]))
+    learn = lambda seed: weights(
+        TRAINED[name](
+            world["train"],
+            world["valid"],
+            fit=FitConfig(epochs=1, lr=1e-2, seed=seed),
+            vectors=world["vectors"],
+        )
+    )
     torch.manual_seed(99)
     first = learn(3)
     torch.rand(7)  # what was drawn before does not matter
@@ -100,7 +137,9 @@ def test_a_seed_gives_the_same_weights_and_another_seed_gives_others(world, name
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_valid_targets_choose_the_epoch_and_touch_no_weight(world, name):
-    learn = lambda targets: TRAINED[name](world["train"], targets, fit=FitConfig(epochs=1, lr=1e-2), vectors=world["vectors"])
+    learn = lambda targets: TRAINED[name](
+        world["train"], targets, fit=FitConfig(epochs=1, lr=1e-2), vectors=world["vectors"]
+    )
     one, other = learn(world["valid"]), learn(np.roll(world["valid"], 1))
     assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values(), strict=True))
     assert one.log[0]["mrr"] != other.log[0]["mrr"]
@@ -109,7 +148,9 @@ def test_the_valid_targets_choose_the_epoch_and_touch_no_weight(world, name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_scores_of_a_user_do_not_depend_on_the_batch(world, trained, name):
     together = trained[name](world["histories"], np.arange(N_USERS))
-    one_by_one = torch.cat([trained[name](world["histories"], np.array([user])) for user in (0, 17, N_USERS - 1)])
+    one_by_one = torch.cat(
+        [trained[name](world["histories"], np.array([user])) for user in (0, 17, N_USERS - 1)]
+    )
     assert together.shape == (N_USERS, N_ITEMS) and together.dtype == torch.float32
     torch.testing.assert_close(one_by_one, together[[0, 17, N_USERS - 1]], rtol=1e-4, atol=1e-4)
 
@@ -122,24 +163,43 @@ def test_bpr_alone_does_not_read_the_history(world, trained):
 
 
 @pytest.mark.parametrize("source", ["vectors", "both"])
-@pytest.mark.parametrize("spoil, said", [
-    (lambda v: v[:-1], rf"got shape \({N_ITEMS - 1}, 8\)"), (lambda v: v[:, 0], rf"got shape \({N_ITEMS},\)"), (lambda v: None, "got none"),
-    (lambda v: np.where(np.arange(N_ITEMS)[:, None] == 1, np.inf, v), "not finite")])
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda v: v[:-1], rf"got shape \({N_ITEMS - 1}, 8\)"),
+        (lambda v: v[:, 0], rf"got shape \({N_ITEMS},\)"),
+        (lambda v: None, "got none"),
+        (lambda v: np.where(np.arange(N_ITEMS)[:, None] == 1, np.inf, v), "not finite"),
+    ],
+)
 def test_vectors_that_do_not_fit_raise_one_clear_error(world, source, spoil, said):
-    with pytest.raises(ValueError, match=rf"source '{source}' needs vectors of shape \({N_ITEMS}, D\).*{said}"):
-        sasrec(world["train"], world["valid"], SASRecConfig(**SMALL, source=source), BRIEF, spoil(world["vectors"]))
+    with pytest.raises(
+        ValueError, match=rf"source '{source}' needs vectors of shape \({N_ITEMS}, D\).*{said}"
+    ):
+        sasrec(
+            world["train"],
+            world["valid"],
+            SASRecConfig(**SMALL, source=source),
+            BRIEF,
+            spoil(world["vectors"]),
+        )
 
 
 def test_ids_do_not_read_the_vectors(world):
     brief = FitConfig(epochs=1, lr=1e-2)
-    without, given = (sasrec(world["train"], world["valid"], SASRecConfig(**SMALL), brief, vectors) for vectors in (None, world["vectors"]))
-    assert all(torch.equal(a, b) for a, b in zip(weights(without).values(), weights(given).values(), strict=True))
+    without, given = (
+        sasrec(world["train"], world["valid"], SASRecConfig(**SMALL), brief, vectors)
+        for vectors in (None, world["vectors"])
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(without).values(), weights(given).values(), strict=True)
+    )
 
 
 def test_the_frozen_vectors_stay_frozen(world, trained):
     table = trained["sasrec_vectors"].model.items
     centred = world["vectors"] - world["vectors"].mean(0)
-    expected = torch.tensor(centred / np.sqrt((centred ** 2).sum(1).mean()), dtype=torch.float32)
+    expected = torch.tensor(centred / np.sqrt((centred**2).sum(1).mean()), dtype=torch.float32)
     torch.testing.assert_close(table.vectors, expected, rtol=1e-5, atol=1e-6)
     assert "items.vectors" not in dict(trained["sasrec_vectors"].model.named_parameters())
 

@@ -1,4 +1,5 @@
 """The book: what it takes from the notebooks, what it may not show, and the built site in a real browser."""
+
 import ast
 import functools
 import html
@@ -20,7 +21,12 @@ import book  # noqa: E402
 HERE = PurePosixPath(".")
 PACKAGES = ("mkdocs", "material", "pymdownx", "math_core", "ziamath")
 LACKING = [name for name in PACKAGES if find_spec(name) is None]
-needs_packages = pytest.mark.skipif(bool(LACKING), reason=f"{', '.join(LACKING)} not installed (pip install -r requirements/book.txt -c requirements/lock.txt)")
+needs_packages = pytest.mark.skipif(
+    bool(LACKING),
+    reason=(
+        f"{', '.join(LACKING)} not installed (pip install -r requirements/book.txt -c requirements/lock.txt)"
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +52,16 @@ def write(path: Path, *cells) -> None:
 
 # -- the table of contents
 
+
 def test_every_notebook_has_one_place(root):
     parts = book.chapters(root / "nbs")
     placed = [name for names in parts.values() for name in names]
     assert len(placed) == len(set(placed))
-    assert sorted(placed) == sorted(str(p.relative_to(root / "nbs").with_suffix("")) for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    assert sorted(placed) == sorted(
+        str(p.relative_to(root / "nbs").with_suffix(""))
+        for p in (root / "nbs").rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in p.parts
+    )
     assert placed[0] == "index" and all(parts.values())
     assert parts["The data"][0] == "00_schema"
 
@@ -66,21 +77,44 @@ def test_a_notebook_without_a_place_is_named(tmp_path):
 
 # -- what may be shown
 
-@pytest.mark.parametrize("entry, shown", [({"redistributable": True}, True), ({"redistributable": False}, False), ({}, False), (None, False),
-                                          ({"redistributable": "yes"}, False), ({"redistributable": 1}, False)])
+
+@pytest.mark.parametrize(
+    "entry, shown",
+    [
+        ({"redistributable": True}, True),
+        ({"redistributable": False}, False),
+        ({}, False),
+        (None, False),
+        ({"redistributable": "yes"}, False),
+        ({"redistributable": 1}, False),
+    ],
+)
 def test_only_sets_that_say_so_are_shown(entry, shown):
     assert book.may_show({"sets": {"shop": entry}}) == (["shop"] if shown else [])
 
 
 def run_of(dataset: str):
     "Cells of an executed stage notebook."
-    return (new_markdown_cell("# Stage 2: prepare\n> Words."), new_markdown_cell("More."),
-            new_code_cell(f'# Parameters\ndataset = "{dataset}"', metadata={"tags": ["injected-parameters"]}),
-            new_code_cell("show()", outputs=[new_output("stream", name="stdout", text=f"rows of {dataset}\n")]))
+    return (
+        new_markdown_cell("# Stage 2: prepare\n> Words."),
+        new_markdown_cell("More."),
+        new_code_cell(f'# Parameters\ndataset = "{dataset}"', metadata={"tags": ["injected-parameters"]}),
+        new_code_cell("show()", outputs=[new_output("stream", name="stdout", text=f"rows of {dataset}\n")]),
+    )
 
 
 def test_executed_notebooks_of_other_sets_stay_out(tmp_path):
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"sets": {"ours": {"redistributable": True}, "theirs": {"redistributable": False}, "not_run": {"redistributable": True}}}))
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "sets": {
+                    "ours": {"redistributable": True},
+                    "theirs": {"redistributable": False},
+                    "not_run": {"redistributable": True},
+                }
+            }
+        )
+    )
     for name in ("ours", "theirs", "all"):
         write(tmp_path / "reports" / name / "02_prepare.ipynb", *run_of(name))
     assert book.executed(tmp_path) == {"ours": [tmp_path / "reports" / "ours" / "02_prepare.ipynb"]}
@@ -91,34 +125,60 @@ def test_executed_notebooks_of_other_sets_stay_out(tmp_path):
 
 def test_an_executed_notebook_as_a_page(tmp_path):
     write(tmp_path / "run.ipynb", *run_of("ours"))
-    assert book.page(tmp_path / "run.ipynb", "runs/ours/run", tmp_path / "docs", set(), "The note.") == "Stage 2: prepare"
+    assert (
+        book.page(tmp_path / "run.ipynb", "runs/ours/run", tmp_path / "docs", set(), "The note.")
+        == "Stage 2: prepare"
+    )
     text = (tmp_path / "docs" / "runs" / "ours" / "run.md").read_text()
-    assert text.index("Words.") < text.index("The note.") < text.index("show()") < text.index("rows of ours") and "# Parameters" not in text
+    assert (
+        text.index("Words.") < text.index("The note.") < text.index("show()") < text.index("rows of ours")
+        and "# Parameters" not in text
+    )
 
 
 def test_the_site_shows_no_row_of_a_closed_set(root, site):
     import pandas as pd
+
     sets = yaml.safe_load((root / "params.yaml").read_text())["sets"]
     shown = book.may_show({"sets": sets})
-    assert {p.parts[1] for p in (path.relative_to(site) for path in pages(site, "runs/**/*.html"))} <= set(shown)
+    assert {p.parts[1] for p in (path.relative_to(site) for path in pages(site, "runs/**/*.html"))} <= set(
+        shown
+    )
     closed = [root / "prepared" / name / "items.parquet" for name in sets if name not in shown]
-    titles = {t for path in closed if path.exists() for t in pd.read_parquet(path).get("title", pd.Series(dtype=str)).dropna() if len(str(t)) >= 12}
+    titles = {
+        t
+        for path in closed
+        if path.exists()
+        for t in pd.read_parquet(path).get("title", pd.Series(dtype=str)).dropna()
+        if len(str(t)) >= 12
+    }
     if not titles:
         pytest.skip("no set that may not be shown is prepared here")
     begins = {}
     for title in titles:
         begins.setdefault(title[:12], []).append(title)
-    words = "\n".join(html.unescape(re.sub(r"<[^>]+>", "", path.read_text(encoding="utf8"))) for path in pages(site))
-    places = (i for i in range(len(words)) if words[i:i + 12] in begins)
-    assert not [title for i in places for title in begins[words[i:i + 12]] if words.startswith(title, i)]
+    words = "\n".join(
+        html.unescape(re.sub(r"<[^>]+>", "", path.read_text(encoding="utf8"))) for path in pages(site)
+    )
+    places = (i for i in range(len(words)) if words[i : i + 12] in begins)
+    assert not [title for i in places for title in begins[words[i : i + 12]] if words.startswith(title, i)]
 
 
 # -- pages
 
+
 def test_hidden_cells_and_directives_are_left_out(tmp_path):
-    write(tmp_path / "a.ipynb", new_markdown_cell("# Title\n> Quote."), new_code_cell("#| default_exp a"), new_code_cell("#| hide\nsecret = 1"),
-          new_code_cell("#| export\ndef f():\n    return 1"), new_code_cell("#| echo: false\nshow()", outputs=[new_output("stream", name="stdout", text="seen <b>\n")]),
-          new_code_cell("warn()", outputs=[new_output("stream", name="stderr", text="noise")]))
+    write(
+        tmp_path / "a.ipynb",
+        new_markdown_cell("# Title\n> Quote."),
+        new_code_cell("#| default_exp a"),
+        new_code_cell("#| hide\nsecret = 1"),
+        new_code_cell("#| export\ndef f():\n    return 1"),
+        new_code_cell(
+            "#| echo: false\nshow()", outputs=[new_output("stream", name="stdout", text="seen <b>\n")]
+        ),
+        new_code_cell("warn()", outputs=[new_output("stream", name="stderr", text="noise")]),
+    )
     assert book.page(tmp_path / "a.ipynb", "a", tmp_path, set()) == "Title"
     text = (tmp_path / "a.md").read_text()
     assert "def f" in text and "seen &lt;b&gt;" in text and not re.search(r"#\||secret|show\(\)|noise", text)
@@ -126,10 +186,21 @@ def test_hidden_cells_and_directives_are_left_out(tmp_path):
 
 def test_links_lead_to_pages_and_files_stay_inside(tmp_path):
     linked = set()
-    text = book.prose("[a](06_triplets.ipynb#x) ![b](images/m.png) [c](../params.yaml) [d](https://dvc.org) [e](#here)", HERE, linked)
-    assert text == "[a](06_triplets.md#x) ![b](files/nbs/images/m.png) [c](files/params.yaml.md) [d](https://dvc.org) [e](#here)"
+    text = book.prose(
+        "[a](06_triplets.ipynb#x) ![b](images/m.png) [c](../params.yaml) [d](https://dvc.org) [e](#here)",
+        HERE,
+        linked,
+    )
+    assert (
+        text
+        == "[a](06_triplets.md#x) ![b](files/nbs/images/m.png) [c](files/params.yaml.md) [d](https://dvc.org)"
+        " [e](#here)"
+    )
     assert linked == {"params.yaml", "nbs/images/m.png"}
-    assert book.prose("[a](../index.ipynb) [c](../../params.yaml)", PurePosixPath("stages"), linked) == "[a](../index.md) [c](../files/params.yaml.md)"
+    assert (
+        book.prose("[a](../index.ipynb) [c](../../params.yaml)", PurePosixPath("stages"), linked)
+        == "[a](../index.md) [c](../files/params.yaml.md)"
+    )
     (tmp_path / "project").mkdir()
     (tmp_path / "secret.txt").write_text("x")
     with pytest.raises(ValueError, match="outside the project"):
@@ -138,8 +209,17 @@ def test_links_lead_to_pages_and_files_stay_inside(tmp_path):
 
 @needs_packages
 def test_equations_become_mathml_and_prices_and_code_do_not():
-    text = book.prose("A price $12.99 or $8, `a $x$ b`, and $x_1 * y_2$:\n\n$$\\frac{a}{b}$$\n\n```\n$y$\n```\n", HERE, set())
-    assert text.count("<math") == 2 and "$12.99 or $8" in text and "`a $x$ b`" in text and "```\n$y$\n```" in text
+    text = book.prose(
+        "A price $12.99 or $8, `a $x$ b`, and $x_1 * y_2$:\n\n$$\\frac{a}{b}$$\n\n```\n$y$\n```\n",
+        HERE,
+        set(),
+    )
+    assert (
+        text.count("<math") == 2
+        and "$12.99 or $8" in text
+        and "`a $x$ b`" in text
+        and "```\n$y$\n```" in text
+    )
     assert '<div class="equation"><math' in text and "<mfrac>" in text
     assert not set("*_`[]") & set(re.search(r"<math.*?</math>", text)[0])
     with pytest.raises(Exception, match="nosuchcommand"):
@@ -157,16 +237,26 @@ def test_reference_has_every_exported_symbol(root):
     for path in modules:
         text = book.reference(path, module_of(root, path), "chapter", "Chapter")
         tree = ast.parse(path.read_text(encoding="utf8"))
-        exported = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+        exported = next(
+            ast.literal_eval(n.value)
+            for n in tree.body
+            if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"
+        )
         entries = re.findall(r"^##+ `([\w.]+)` \{ #\1 \}$", text, re.M)
         assert [name for name in entries if "." not in name] == exported, path.name
-        methods = {f"{c.name}.{f.name}" for c in tree.body if isinstance(c, ast.ClassDef) and c.name in exported for f in c.body if isinstance(f, ast.FunctionDef)
-                   if not f.name.startswith("_")}
+        methods = {
+            f"{c.name}.{f.name}"
+            for c in tree.body
+            if isinstance(c, ast.ClassDef) and c.name in exported
+            for f in c.body
+            if isinstance(f, ast.FunctionDef)
+            if not f.name.startswith("_")
+        }
         assert methods <= set(entries) and text.count("[source](") == len(entries)
 
 
 def test_an_entry_has_signature_words_and_parameters(tmp_path):
-    (tmp_path / "m.py").write_text('''"What it is."
+    (tmp_path / "m.py").write_text(""""What it is."
 __all__ = ["F", "C", "f"]
 F = {"a": 1}
 class C:
@@ -178,39 +268,69 @@ class C:
         "Walk < run."
     def _inner(self): pass
 def f(a, b=None): "Two."
-''')
+""")
     text = book.reference(tmp_path / "m.py", "m", "00_m", "Chapter M")
-    assert "> What it is." in text and "[Chapter M](../00_m.md)" in text and '{"a": 1}' in text and "_inner" not in text
+    assert (
+        "> What it is." in text
+        and "[Chapter M](../00_m.md)" in text
+        and '{"a": 1}' in text
+        and "_inner" not in text
+    )
     assert "C.go(x: list[int], *, fast: bool=False, **more) -> str" in text and "Walk &lt; run." in text
     assert "<td><code>n</code></td><td><code>int</code></td><td><code>3</code></td><td>how many</td>" in text
-    assert "<td><code>x</code></td><td><code>list[int]</code></td><td></td><td>(N,) <code>steps</code></td>" in text
-    assert "<td><em>returns</em></td><td><code>str</code></td><td></td><td>where it ends</td>" in text and "<code>**more</code>" in text
+    assert (
+        "<td><code>x</code></td><td><code>list[int]</code></td><td></td><td>(N,) <code>steps</code></td>"
+        in text
+    )
+    assert (
+        "<td><em>returns</em></td><td><code>str</code></td><td></td><td>where it ends</td>" in text
+        and "<code>**more</code>" in text
+    )
 
 
 def test_the_packages_of_the_book_are_a_part_of_their_own(root):
     import check_env
-    more = set(check_env.requirements(root / "requirements", ["book"])) - set(check_env.requirements(root / "requirements", []))
-    assert {re.split("[<>=]", line)[0] for line in more} == {"mkdocs", "mkdocs-material", "pymdown-extensions", "math-core", "ziamath"}
+
+    more = set(check_env.requirements(root / "requirements", ["book"])) - set(
+        check_env.requirements(root / "requirements", [])
+    )
+    assert {re.split("[<>=]", line)[0] for line in more} == {
+        "mkdocs",
+        "mkdocs-material",
+        "pymdown-extensions",
+        "math-core",
+        "ziamath",
+    }
     assert "book:" in (root / "Makefile").read_text() and "NEEDS=book" in (root / "Makefile").read_text()
 
 
 # -- the site
 
+
 def test_site_has_every_chapter_with_its_neighbours(root, site):
     order = [f"{name}.html" for names in book.chapters(root / "nbs").values() for name in names]
     for name in order:
         text = (site / name).read_text(encoding="utf8")
-        assert ("md-footer__link--next" in text) and ("md-footer__link--prev" in text or name == "index.html"), name
+        assert ("md-footer__link--next" in text) and (
+            "md-footer__link--prev" in text or name == "index.html"
+        ), name
     for path in (root / "unirec").rglob("[!_]*.py"):
         assert (site / "reference" / f"{module_of(root, path)}.html").exists()
         assert (site / "files" / f"{path.relative_to(root)}.html").exists()
 
 
 def test_site_loads_nothing_from_outside(site):
-    loads = re.compile(r"<(?:img|script|link|iframe|source|object|embed)\b[^>]*\b(?:src|href|data)=[\"']?(?:https?:)?//[^>]*>")
+    loads = re.compile(
+        r"<(?:img|script|link|iframe|source|object|embed)\b[^>]*\b(?:src|href|data)=[\"']?(?:https?:)?//[^>]*>"
+    )
     found = [f"{p.name}: {m[0]}" for p in pages(site) for m in loads.finditer(p.read_text(encoding="utf8"))]
     for path in site.rglob("*.css"):
-        found += [f"{path.name}: {m[0]}" for m in re.finditer(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^\s)]*", path.read_text(encoding="utf8"))]
+        found += [
+            f"{path.name}: {m[0]}"
+            for m in re.finditer(
+                r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^\s)]*", path.read_text(encoding="utf8")
+            )
+        ]
     assert not found
     assert (site / "stix-two-math.ttf").stat().st_size > 100_000
 
@@ -226,8 +346,11 @@ def test_site_shows_no_directive_and_no_raw_equation(site):
 @pytest.fixture(scope="module")
 def served(site):
     "The site behind a plain web server."
+
     class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
+        def log_message(self, *args):
+            pass
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -239,8 +362,12 @@ def test_every_chapter_in_a_browser_at_phone_width(site, chromium):
     page, seen, wrong = chromium.new_context(viewport={"width": 390, "height": 844}).new_page(), [], {}
     page.on("console", lambda m: seen.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: seen.append(str(error)))
-    page.on("requestfailed", lambda r: seen.append(r.url) if r.failure != "net::ERR_ABORTED" else None)  # aborted: by going on to the next page
-    page.on("request", lambda r: seen.append(r.url) if not r.url.startswith(("file:", "data:", "blob:", "about:")) else None)
+    # aborted: by going on to the next page
+    page.on("requestfailed", lambda r: seen.append(r.url) if r.failure != "net::ERR_ABORTED" else None)
+    page.on(
+        "request",
+        lambda r: seen.append(r.url) if not r.url.startswith(("file:", "data:", "blob:", "about:")) else None,
+    )
     check = """width => [
         ...(document.documentElement.scrollWidth > width ? ["the page scrolls sideways"] : []),
         ...[...document.querySelectorAll("article *")].filter(part => {
@@ -250,7 +377,8 @@ def test_every_chapter_in_a_browser_at_phone_width(site, chromium):
             return true; }).map(part => "too wide: " + part.outerHTML.slice(0, 80)),
         ...[...document.querySelectorAll("math")].filter(m => m.getBoundingClientRect().height < 8).map(m => "no equation: " + m.outerHTML.slice(0, 80)),
         ...[...document.images].filter(i => i.loading != "lazy" && !i.naturalWidth).map(i => "no picture: " + i.src)]"""
-    alike = pages(site, "reference/*.html") + pages(site, "files/**/*.html")  # made by two functions: a part of them stands for all
+    # made by two functions: a part of them stands for all
+    alike = pages(site, "reference/*.html") + pages(site, "files/**/*.html")
     for path in [*(p for p in pages(site) if p not in set(alike)), *alike[::8]]:
         seen.clear()
         page.goto(path.as_uri())
@@ -265,7 +393,10 @@ def test_every_chapter_in_a_browser_at_phone_width(site, chromium):
 def test_search_finds_a_chapter_and_a_symbol(site, served, chromium, where, start):
     page, outside = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page(), []
     base = site.as_uri() if where == "disk" else served
-    page.on("request", lambda r: outside.append(r.url) if not r.url.startswith((base, "data:", "blob:", "about:")) else None)
+    page.on(
+        "request",
+        lambda r: outside.append(r.url) if not r.url.startswith((base, "data:", "blob:", "about:")) else None,
+    )
     page.goto(f"{base}/{start}")
     for words, target in (("Gumbel", "01_marketplace.html"), ("split_hash", "reference/splits.html")):
         page.locator("[data-md-component=search-query]").fill("")

@@ -1,4 +1,5 @@
 """Scoring, evaluation and losses on another device than the CPU, on a machine without one (see pretend_device.py): nothing is left behind, and the figures are the same."""
+
 import json
 from pathlib import Path
 
@@ -25,8 +26,10 @@ def test_the_pretended_device_is_strict():
         x = torch.ones(2, 3).to(AWAY)
         assert x.device == AWAY and torch.equal((x + 1).cpu(), torch.full((2, 3), 2.0))
         assert torch.tensor([1, 2], device=x.device).sum().item() == 3
-        with pytest.raises(RuntimeError, match="two devices"): x + torch.ones(2, 3)
-        with pytest.raises((RuntimeError, TypeError)): x.numpy()
+        with pytest.raises(RuntimeError, match="two devices"):
+            x + torch.ones(2, 3)
+        with pytest.raises((RuntimeError, TypeError)):
+            x.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +44,20 @@ def toy(toy_project):
 def plain(root, tmp_path_factory, toy):
     "The paper's form over a stand-in of Qwen3, in float32, and its settings."
     tiny, folder = read_profile("paper-tiny", root), tmp_path_factory.mktemp("plain")
-    uri = stand_ins({"llm": tiny.models["llm"]}, folder, ["which item will the customer choose next?"])["llm.uri"]
+    uri = stand_ins({"llm": tiny.models["llm"]}, folder, ["which item will the customer choose next?"])[
+        "llm.uri"
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIREC_CACHE", str(folder / "cache"))
         torch.manual_seed(0)
-        yield lambda: UniRec(toy[2].catalogue, EncoderConfig(**tiny.params["model"], use_id=True), LLMConfig(**tiny.params["llm"] | {"uri": uri, "dtype": "float32"})), tiny.params
+        yield (
+            lambda: UniRec(
+                toy[2].catalogue,
+                EncoderConfig(**tiny.params["model"], use_id=True),
+                LLMConfig(**tiny.params["llm"] | {"uri": uri, "dtype": "float32"}),
+            ),
+            tiny.params,
+        )
 
 
 def test_ranks_and_losses_of_the_papers_form(toy, plain):
@@ -54,17 +66,30 @@ def test_ranks_and_losses_of_the_papers_form(toy, plain):
     h, targets, candidates, _ = steps.load_test(folder / "prepared" / "toy", data)
     model = make().eval()
     batch = training_batches(data.train, Events.of(data.train), model.config.history, 4, 8, 0, 0)[0]
+
     def losses(m, b):
         torch.manual_seed(0)
-        with torch.no_grad(): return float(step_loss(m, b, LossConfig(**settings["finetune"]["loss"]))["loss"])
-    here, loss, share = ranks(model.scorer(), h, targets, candidates), losses(model, batch), steps.llm_share(model, h, targets)
+        with torch.no_grad():
+            return float(step_loss(m, b, LossConfig(**settings["finetune"]["loss"]))["loss"])
+
+    here, loss, share = (
+        ranks(model.scorer(), h, targets, candidates),
+        losses(model, batch),
+        steps.llm_share(model, h, targets),
+    )
     with pretend_device.Pretend():
         away = model.to(AWAY)
         assert {v.device for v in away.state_dict().values()} == {AWAY} == {away.catalogue.mask.device}
         there = ranks(away.scorer(), h, targets, candidates)
         assert losses(away, {k: v.to(AWAY) for k, v in batch.items()}) == pytest.approx(loss, rel=1e-4)
-        assert steps.llm_share(away, h, targets)["mrr"] == pytest.approx(share["mrr"], abs=2e-2) and share["norm_share"] == 1.0
-    for protocol in here: assert np.mean(np.abs(here[protocol] - there[protocol]) > 0.5) < 0.05, "more than ties that fell the other way"
+        assert (
+            steps.llm_share(away, h, targets)["mrr"] == pytest.approx(share["mrr"], abs=2e-2)
+            and share["norm_share"] == 1.0
+        )
+    for protocol in here:
+        assert np.mean(np.abs(here[protocol] - there[protocol]) > 0.5) < 0.05, (
+            "more than ties that fell the other way"
+        )
 
 
 def test_the_whole_evaluation_on_another_device(toy, tmp_path, monkeypatch):
@@ -72,10 +97,23 @@ def test_the_whole_evaluation_on_another_device(toy, tmp_path, monkeypatch):
     folder, params, data = toy
     monkeypatch.setattr(steps, "pick_device", lambda: AWAY)
     with pretend_device.Pretend():
-        table = steps.evaluate(data, folder / "prepared" / "toy", folder / "models" / "toy", folder / "data" / "toy", params, tmp_path / "results", tmp_path / "predictions")
+        table = steps.evaluate(
+            data,
+            folder / "prepared" / "toy",
+            folder / "models" / "toy",
+            folder / "data" / "toy",
+            params,
+            tmp_path / "results",
+            tmp_path / "predictions",
+        )
     known = pd.read_csv(folder / "results" / "toy" / "comparison.csv")
     both = table.merge(known, on=["dataset", "model", "seed", "protocol", "metric"], suffixes=("", "_cpu"))
     assert len(both) == len(known) and (both.value - both.value_cpu).abs().max() < 0.03
-    assert {p.name for p in (tmp_path / "results").iterdir()} == {p.name for p in (folder / "results" / "toy").iterdir()}
-    told = [json.loads((f / "llm_share.json").read_text()) for f in (tmp_path / "results", Path(folder) / "results" / "toy")]
+    assert {p.name for p in (tmp_path / "results").iterdir()} == {
+        p.name for p in (folder / "results" / "toy").iterdir()
+    }
+    told = [
+        json.loads((f / "llm_share.json").read_text())
+        for f in (tmp_path / "results", Path(folder) / "results" / "toy")
+    ]
     assert told[0].keys() == told[1].keys()

@@ -1,4 +1,5 @@
 """`unirec doctor`, the dry run at tiny widths, and the committed one of the paper's profile."""
+
 import json
 import shutil
 import subprocess
@@ -13,12 +14,33 @@ from unirec.dry_run import WORDS, four_items, operations_of, run_flops
 from unirec.machine import SHARE, gpu_peaks
 from unirec.profiles import read_profile
 
-FIELDS = {"profile", "random_weights", "tokenizer", "versions", "machine", "seconds", "peak_memory_mb", "parameters", "trainable", "units", "step", "two_steps", "sizes", "run", "hours"}
+FIELDS = {
+    "profile",
+    "random_weights",
+    "tokenizer",
+    "versions",
+    "machine",
+    "seconds",
+    "peak_memory_mb",
+    "parameters",
+    "trainable",
+    "units",
+    "step",
+    "two_steps",
+    "sizes",
+    "run",
+    "hours",
+}
 
 
 def lora_size(c: dict, r: int) -> int:
     "Of seven projections a layer, each r x (in + out)."
-    d, q, kv, m = c["hidden_size"], c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"], c["intermediate_size"]
+    d, q, kv, m = (
+        c["hidden_size"],
+        c["num_attention_heads"] * c["head_dim"],
+        c["num_key_value_heads"] * c["head_dim"],
+        c["intermediate_size"],
+    )
     return c["num_hidden_layers"] * r * ((d + q) + 2 * (d + kv) + (q + d) + 3 * (d + m))
 
 
@@ -26,7 +48,25 @@ def lora_size(c: dict, r: int) -> int:
 def tiny(root, tmp_path_factory) -> dict:
     "The dry run of paper-tiny by the command, in a process of its own, with sizes given."
     out = tmp_path_factory.mktemp("dry") / "dry.json"
-    command = [sys.executable, "-m", "unirec.cli", "doctor", "--root", str(root), "--profile", "paper-tiny", "--dry-run", "--items", "500", "--users", "1000", "--events", "9000", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "unirec.cli",
+        "doctor",
+        "--root",
+        str(root),
+        "--profile",
+        "paper-tiny",
+        "--dry-run",
+        "--items",
+        "500",
+        "--users",
+        "1000",
+        "--events",
+        "9000",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, cwd=root, text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text()) | {"printed": done.stdout, "said": done.stderr}
@@ -34,19 +74,36 @@ def tiny(root, tmp_path_factory) -> dict:
 
 def test_the_command_counts_the_tiny_profile(tiny):
     assert set(tiny) - {"printed", "said"} == FIELDS and tiny["random_weights"]
-    assert "RANDOM" in tiny["said"] and "random weights" in tiny["printed"] and "1,000 users, 500 items, 9,000 events; as given at the command" in tiny["printed"]
-    for stage in ("pretrain", "finetune"): assert tiny["two_steps"][stage]["steps"] == 2 and tiny["two_steps"][stage]["loss"] > 0
-    assert tiny["step"]["from_units"] == pytest.approx(tiny["step"]["counted"], rel=0.05), "the parts do not add up to the step"
-    assert tiny["trainable"]["finetune"] - tiny["trainable"]["pretrain"] == tiny["parameters"]["LoRA"] + tiny["parameters"]["LLM, projections"]
+    assert (
+        "RANDOM" in tiny["said"]
+        and "random weights" in tiny["printed"]
+        and "1,000 users, 500 items, 9,000 events; as given at the command" in tiny["printed"]
+    )
+    for stage in ("pretrain", "finetune"):
+        assert tiny["two_steps"][stage]["steps"] == 2 and tiny["two_steps"][stage]["loss"] > 0
+    assert tiny["step"]["from_units"] == pytest.approx(tiny["step"]["counted"], rel=0.05), (
+        "the parts do not add up to the step"
+    )
+    assert (
+        tiny["trainable"]["finetune"] - tiny["trainable"]["pretrain"]
+        == tiny["parameters"]["LoRA"] + tiny["parameters"]["LLM, projections"]
+    )
 
 
 def test_lora_has_the_size_that_its_rank_gives(tiny, root):
     profile = read_profile("paper-tiny", root)
-    assert tiny["parameters"]["LoRA"] == lora_size(profile.models["llm"]["config"], profile.params["llm"]["rank"])
+    assert tiny["parameters"]["LoRA"] == lora_size(
+        profile.models["llm"]["config"], profile.params["llm"]["rank"]
+    )
 
 
 def test_nothing_is_left_behind(tiny, root):
-    listed = subprocess.run(["git", "status", "--porcelain", "--ignored", "--", "profiles", "weights", "runs"], cwd=root, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "status", "--porcelain", "--ignored", "--", "profiles", "weights", "runs"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert "weights" not in listed.stdout and not (root / "weights").exists()
 
 
@@ -58,8 +115,14 @@ def test_operations_of_a_product_are_two_per_weight():
 def test_a_run_grows_with_its_data(root, tiny):
     params, sizes = read_profile("paper", root).params, read_profile("paper", root).sizes
     one = run_flops(tiny["units"], params, sizes)
-    more = {k: run_flops(tiny["units"], params, sizes | {k: 2 * sizes[k]}) for k in ("items", "users", "events")}
-    assert more["items"]["embed"] > one["embed"] and more["events"]["finetune"] > one["finetune"] and more["users"]["evaluate"] > one["evaluate"]
+    more = {
+        k: run_flops(tiny["units"], params, sizes | {k: 2 * sizes[k]}) for k in ("items", "users", "events")
+    }
+    assert (
+        more["items"]["embed"] > one["embed"]
+        and more["events"]["finetune"] > one["finetune"]
+        and more["users"]["evaluate"] > one["evaluate"]
+    )
     single = run_flops(tiny["units"], params, sizes, models=1)
     assert single["embed"] == one["embed"] and 2 * single["pretrain"] == pytest.approx(one["pretrain"])
 
@@ -67,10 +130,16 @@ def test_a_run_grows_with_its_data(root, tiny):
 def test_four_items_have_all_attributes(root, tmp_path):
     schema = yaml.safe_load((root / "params.yaml").read_text())["sets"]["beauty"]["schema"]
     spec = four_items(tmp_path / "shop", schema, history=20)
-    assert spec.synthetic and spec.schema.names == list(schema) and len(list((tmp_path / "shop" / "images").iterdir())) == 4 and len(WORDS) > 8
+    assert (
+        spec.synthetic
+        and spec.schema.names == list(schema)
+        and len(list((tmp_path / "shop" / "images").iterdir())) == 4
+        and len(WORDS) > 8
+    )
 
 
 # what is committed
+
 
 @pytest.fixture(scope="module")
 def committed(root) -> dict:
@@ -81,33 +150,57 @@ def test_the_committed_run_is_the_paper_profile_in_true_shapes(root, committed):
     "Parameters counted again, from the shapes alone."
     import open_clip
     from transformers import Qwen3Config, Qwen3Model
+
     profile = read_profile("paper", root)
     with torch.device("meta"):
         text, llm = (Qwen3Model(Qwen3Config(**profile.models[n]["config"])) for n in ("text", "llm"))
-        tower = open_clip.model.CLIP(**open_clip.get_model_config(profile.models["image"]["open_clip"])).visual
+        tower = open_clip.model.CLIP(
+            **open_clip.get_model_config(profile.models["image"]["open_clip"])
+        ).visual
     count = lambda m: sum(p.numel() for p in m.parameters())
-    assert committed["parameters"]["text tower"] == count(text) and committed["parameters"]["picture tower"] == count(tower)
+    assert committed["parameters"]["text tower"] == count(text) and committed["parameters"][
+        "picture tower"
+    ] == count(tower)
     assert committed["parameters"]["LLM, frozen"] == count(llm) - llm.embed_tokens.weight.numel()
-    assert committed["parameters"]["LoRA"] == lora_size(profile.models["llm"]["config"], profile.params["llm"]["rank"])
+    assert committed["parameters"]["LoRA"] == lora_size(
+        profile.models["llm"]["config"], profile.params["llm"]["rank"]
+    )
 
 
 def test_the_committed_run_is_whole(root, committed):
     assert set(committed) == FIELDS and committed["profile"] == "paper" and committed["random_weights"]
-    assert committed["peak_memory_mb"] < 24 * 1024 and all(t["steps"] == 2 and t["loss"] > 0 for t in committed["two_steps"].values())
+    assert committed["peak_memory_mb"] < 24 * 1024 and all(
+        t["steps"] == 2 and t["loss"] > 0 for t in committed["two_steps"].values()
+    )
     assert committed["step"]["from_units"] == pytest.approx(committed["step"]["counted"], rel=0.05)
 
 
 def test_the_committed_estimate_follows_from_the_profile(root, committed):
     "Whoever changes profiles/paper.yaml or the estimate makes the file again: `unirec doctor --profile paper --dry-run --out profiles/dry_run.json`."
     profile, peaks = read_profile("paper", root), gpu_peaks(root / "profiles" / "gpus.yaml")
-    assert committed["sizes"] == profile.sizes and committed["run"]["stages"] == pytest.approx(run_flops(committed["units"], profile.params, profile.sizes))
-    for name, told in committed["hours"].items(): assert told == pytest.approx(committed["run"]["flops"] / (SHARE * peaks[name]["tflops"] * 1e12) / 3600)
+    assert committed["sizes"] == profile.sizes and committed["run"]["stages"] == pytest.approx(
+        run_flops(committed["units"], profile.params, profile.sizes)
+    )
+    for name, told in committed["hours"].items():
+        assert told == pytest.approx(
+            committed["run"]["flops"] / (SHARE * peaks[name]["tflops"] * 1e12) / 3600
+        )
 
 
-@pytest.mark.parametrize("words, told", [
-    (["--items", "5"], "belong to --dry-run"), (["--dry-run", "--events", "0"], "--events 0: at least 1"), (["--dry-run", "--profile", "mini"], "has no `models`"),
-    (["--profile", "papper"], "expected one of mini, paper, paper-tiny"), (["--root", "nowhere"], "no folder profiles/ there"),
-    (["--dry-run", "--profile", "paper-tiny", "--tokenizer", "/nope"], "--tokenizer /nope: there is no tokenizer.json")])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--items", "5"], "belong to --dry-run"),
+        (["--dry-run", "--events", "0"], "--events 0: at least 1"),
+        (["--dry-run", "--profile", "mini"], "has no `models`"),
+        (["--profile", "papper"], "expected one of mini, paper, paper-tiny"),
+        (["--root", "nowhere"], "no folder profiles/ there"),
+        (
+            ["--dry-run", "--profile", "paper-tiny", "--tokenizer", "/nope"],
+            "--tokenizer /nope: there is no tokenizer.json",
+        ),
+    ],
+)
 def test_what_is_wrong_is_said_in_one_line(root, words, told, capsys, monkeypatch):
     monkeypatch.chdir(root)
     assert cli.main(["doctor", *words]) == 2
@@ -118,26 +211,41 @@ def test_what_is_wrong_is_said_in_one_line(root, words, told, capsys, monkeypatc
 @pytest.fixture
 def project(root, tmp_path):
     "A copy of what the doctor reads."
-    for name in ("profiles", "requirements"): shutil.copytree(root / name, tmp_path / name)
+    for name in ("profiles", "requirements"):
+        shutil.copytree(root / name, tmp_path / name)
     shutil.copy(root / "params.yaml", tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("text, told", [("", "the file is empty"), ("- a\n", "the file is a list"), ("title: {\n", "not YAML"), ("base: paper\nmemory: [{gbb: 9}]\n", "memory, line 1: gbb is not a field")])
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("", "the file is empty"),
+        ("- a\n", "the file is a list"),
+        ("title: {\n", "not YAML"),
+        ("base: paper\nmemory: [{gbb: 9}]\n", "memory, line 1: gbb is not a field"),
+    ],
+)
 def test_a_broken_profile_does_not_hide_the_others(project, text, told, capsys, monkeypatch):
     monkeypatch.setattr("unirec.doctor.at_hand", lambda uri, root: (False, "not looked for"))
     (project / "profiles" / "wrong.yaml").write_text(text)
     (project / "profiles" / "gpus.yaml").write_text("")
     assert cli.main(["doctor", "--root", str(project)]) == 0
     out = capsys.readouterr().out
-    assert told in out.partition("Profile wrong: cannot be used")[2] and all(f"Profile {n}: {read_profile(n, project).title}" in out for n in ("mini", "paper", "paper-tiny"))
+    assert told in out.partition("Profile wrong: cannot be used")[2] and all(
+        f"Profile {n}: {read_profile(n, project).title}" in out for n in ("mini", "paper", "paper-tiny")
+    )
     assert cli.main(["doctor", "--root", str(project), "--profile", "wrong"]) == 2
     err = capsys.readouterr().err
     assert "profiles/wrong.yaml" in err and told in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name, words", [("params.yaml", []), ("profiles/gpus.yaml", ["--dry-run", "--profile", "paper-tiny"])])
-@pytest.mark.parametrize("text, told", [("", "the file is empty"), ("- a\n", "the file is a list"), ("a: {\n", "not YAML")])
+@pytest.mark.parametrize(
+    "name, words", [("params.yaml", []), ("profiles/gpus.yaml", ["--dry-run", "--profile", "paper-tiny"])]
+)
+@pytest.mark.parametrize(
+    "text, told", [("", "the file is empty"), ("- a\n", "the file is a list"), ("a: {\n", "not YAML")]
+)
 def test_a_broken_file_is_named(project, name, words, text, told, capsys):
     (project / name).write_text(text)
     assert cli.main(["doctor", "--root", str(project), *words]) == 2

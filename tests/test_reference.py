@@ -1,4 +1,5 @@
 """The splits are those of the peer toolkit that the reference figures were measured with, byte for byte."""
+
 import json
 import os
 from pathlib import Path
@@ -23,11 +24,15 @@ def test_split_is_the_reference_split(name, tmp_path):
     "Users, items, events and the fingerprint of the test list; sets that are not passed on are skipped where they are absent."
     spec = SetSpec.from_params(name, PARAMS["sets"][name])
     extra = os.environ.get("UNIREC_EXTRA_ROOT") or PARAMS["data"]["extra_root"]
-    if spec.source.startswith("extra:") and not (extra and (Path(extra) / spec.source.partition(":")[2]).is_dir()):
+    if spec.source.startswith("extra:") and not (
+        extra and (Path(extra) / spec.source.partition(":")[2]).is_dir()
+    ):
         pytest.skip(f"{name} may not be passed on: set UNIREC_EXTRA_ROOT to the folder that holds it")
     download(spec, tmp_path / "raw", extra)
     quality = prepare(tmp_path / "raw", spec, tmp_path / "prepared")
-    assert (quality["users"], quality["items"], quality["events"], quality["test_split_sha256"]) == REFERENCE[name]
+    assert (quality["users"], quality["items"], quality["events"], quality["test_split_sha256"]) == REFERENCE[
+        name
+    ]
     assert json.loads((tmp_path / "prepared" / "quality.json").read_text()) == quality
 
 
@@ -36,4 +41,7 @@ def test_committed_results_are_of_the_reference_splits():
     found = [n for n in REFERENCE if (ROOT / "results" / n / "quality.json").exists()]
     assert "movielens" in found
     for name in found:
-        assert json.loads((ROOT / "results" / name / "quality.json").read_text())["test_split_sha256"] == REFERENCE[name][3]
+        assert (
+            json.loads((ROOT / "results" / name / "quality.json").read_text())["test_split_sha256"]
+            == REFERENCE[name][3]
+        )

@@ -1,4 +1,5 @@
 """Build the book, a site that needs no network, from the notebooks as they are: `python tools/book.py [root folder [site folder]]`."""
+
 import ast
 import base64
 import html
@@ -18,7 +19,8 @@ import nbformat
 import yaml
 from readme import visible
 
-# Part -> names of notebooks under nbs/ in the order of reading; a pattern takes what no name before it took, in order of names.
+# Part -> names of notebooks under nbs/ in the order of reading; a pattern takes what no name before it took,
+# in order of names.
 PARTS = {
     "Start": ["index", "guides/01_your_shop"],
     "The data": ["data/*"],
@@ -33,16 +35,25 @@ PARTS = {
     "Pages and plots": ["report/*"],
     "Helpers": ["core/*"],
 }
-WORDS = re.compile(r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<tick>`+)(?!`).+?(?P=tick))"
-                   r"|\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?P<inline>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?!\d)", re.M | re.S)
-UNSOUGHT = 'data-search-exclude="1"'  # code and outputs of chapters are not in the search, which would make every page slow; prose and the reference are
+WORDS = re.compile(
+    r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<tick>`+)(?!`).+?(?P=tick))"
+    r"|\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?P<inline>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?!\d)",
+    re.M | re.S,
+)
+# code and outputs of chapters are not in the search, which would make every page slow; prose and the
+# reference are
+UNSOUGHT = 'data-search-exclude="1"'
 PICTURES = (".png", ".svg")
 LINK = re.compile(r"((?:\]\()|(?:(?:src|href)=\"))(?![a-z]+:|/|#)([^)\s\"#]+)")
 
 
 def chapters(nbs: Path) -> dict[str, list[str]]:
     "Part -> notebooks under nbs/ without their suffix; a notebook that no part takes is an error."
-    left = sorted(str(p.relative_to(nbs).with_suffix("")) for p in nbs.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    left = sorted(
+        str(p.relative_to(nbs).with_suffix(""))
+        for p in nbs.rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in p.parts
+    )
     parts = {}
     for part, patterns in PARTS.items():
         parts[part] = []
@@ -57,7 +68,11 @@ def chapters(nbs: Path) -> dict[str, list[str]]:
 
 def may_show(params: dict) -> list[str]:
     "The data sets whose rows and pictures may be passed on: those that say `redistributable: true`, nothing else."
-    return [name for name, entry in params["sets"].items() if isinstance(entry, dict) and entry.get("redistributable") is True]
+    return [
+        name
+        for name, entry in params["sets"].items()
+        if isinstance(entry, dict) and entry.get("redistributable") is True
+    ]
 
 
 def executed(root: Path) -> dict[str, list[Path]]:
@@ -66,7 +81,11 @@ def executed(root: Path) -> dict[str, list[Path]]:
     found = {name: sorted((root / "reports" / name).glob("*.ipynb")) for name in may_show(params)}
     for name, paths in found.items():
         for path in paths:
-            if f'dataset = "{name}"' not in "".join(c.source for c in nbformat.read(path, 4).cells if "injected-parameters" in c.metadata.get("tags", [])):
+            if f'dataset = "{name}"' not in "".join(
+                c.source
+                for c in nbformat.read(path, 4).cells
+                if "injected-parameters" in c.metadata.get("tags", [])
+            ):
                 raise ValueError(f"{path} was not executed on {name}: it is not shown; run `make repro`")
     return {name: paths for name, paths in found.items() if paths}
 
@@ -74,6 +93,7 @@ def executed(root: Path) -> dict[str, list[Path]]:
 def equation(tex: str, block: bool) -> str:
     "MathML of TeX, with what Markdown would take for its own written as character references."
     from math_core import LatexToMathML
+
     math = LatexToMathML().convert_with_local_state(tex, displaystyle=block)
     math = re.sub(r"[*_`\[\]\\|~]", lambda c: f"&#{ord(c[0])};", math.replace("\n", " "))
     return f'\n\n<div class="equation">{math}</div>\n\n' if block else math
@@ -81,6 +101,7 @@ def equation(tex: str, block: bool) -> str:
 
 def prose(text: str, here: PurePosixPath, linked: set[str]) -> str:
     "Markdown of a notebook as the site's Markdown: equations, links to notebooks, and links to files of the project, which are put into `linked`."
+
     def link(match: re.Match) -> str:
         if match[2].endswith(".ipynb"):
             return match[1] + match[2].removesuffix(".ipynb") + ".md"
@@ -92,8 +113,10 @@ def prose(text: str, here: PurePosixPath, linked: set[str]) -> str:
         if match["code"]:
             return match[0]
         return equation(match["block"] or match["inline"], block=match["block"] is not None)
+
     text = WORDS.sub(word, text)
-    text = re.sub(r"^(?!\s*[-*+|>#]|\s*\d+\. )(.+)\n(?=[-*+] |\d+\. )", r"\1\n\n", text, flags=re.M)  # a list may follow a line directly
+    # a list may follow a line directly
+    text = re.sub(r"^(?!\s*[-*+|>#]|\s*\d+\. )(.+)\n(?=[-*+] |\d+\. )", r"\1\n\n", text, flags=re.M)
     return LINK.sub(link, text)
 
 
@@ -106,7 +129,12 @@ def output(out: dict, name: str, write, here: PurePosixPath, linked: set[str]) -
     if "text/markdown" in data:
         return prose("".join(data["text/markdown"]), here, linked)
     if "text/html" in data:
-        table = re.sub(r"<style.*?</style>| (?:border|class|style)=\"[^\"]*\"", "", "".join(data["text/html"]), flags=re.S)
+        table = re.sub(
+            r"<style.*?</style>| (?:border|class|style)=\"[^\"]*\"",
+            "",
+            "".join(data["text/html"]),
+            flags=re.S,
+        )
         return f'<div class="scroll frame" {UNSOUGHT}>' + re.sub(r"\s*\n\s*", "", table) + "</div>"
     text = "".join(out.get("text", data.get("text/plain", "\n".join(out.get("traceback", [])))))
     text = html.escape(re.sub("\x1b[^m]*m", "", text).rstrip())
@@ -124,6 +152,7 @@ def page(path: Path, name: str, docs: Path, linked: set[str], note: str = "") ->
         file = docs / here / f"{PurePosixPath(name).name}-{pictures}.png"
         file.write_bytes(picture)
         return file.name
+
     parts = []
     for cell in notebook.cells:
         if cell.cell_type != "code":
@@ -131,7 +160,11 @@ def page(path: Path, name: str, docs: Path, linked: set[str], note: str = "") ->
         elif cell.source.strip() and "injected-parameters" not in cell.metadata.get("tags", []):
             if "transient" not in cell.metadata:
                 parts.append(f"~~~~~~{{.python {UNSOUGHT}}}\n{cell.source.strip()}\n~~~~~~")
-            parts += [output(out, path.stem, write, here, linked) for out in cell.outputs if out.get("name") != "stderr"]
+            parts += [
+                output(out, path.stem, write, here, linked)
+                for out in cell.outputs
+                if out.get("name") != "stderr"
+            ]
     if note:
         parts.insert(1, note)
     (docs / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf8")
@@ -140,7 +173,11 @@ def page(path: Path, name: str, docs: Path, linked: set[str], note: str = "") ->
 
 def comments(source: str) -> dict[int, str]:
     "Line number -> the comment at its end."
-    return {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    return {
+        t.start[0]: t.string.lstrip("# ")
+        for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
 
 
 def cell(text: str) -> str:
@@ -151,20 +188,38 @@ def cell(text: str) -> str:
 def parameters(node: ast.AST, said: dict[int, str]) -> str:
     "A table of the parameters of a function or the fields of a class: name, type, default, meaning."
     if isinstance(node, ast.ClassDef):
-        rows = [(n.target.id, n.annotation, n.value, n.lineno) for n in node.body if isinstance(n, ast.AnnAssign)]
+        rows = [
+            (n.target.id, n.annotation, n.value, n.lineno) for n in node.body if isinstance(n, ast.AnnAssign)
+        ]
     else:
         a = node.args
         plain = a.posonlyargs + a.args
-        given = dict(zip([p.arg for p in plain[::-1]], a.defaults[::-1])) | {p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults) if d}
+        given = dict(zip([p.arg for p in plain[::-1]], a.defaults[::-1])) | {
+            p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults) if d
+        }
         stars = {id(a.vararg): "*", id(a.kwarg): "**"}
-        rows = [(stars.get(id(p), "") + p.arg, p.annotation, given.get(p.arg), p.lineno)
-                for p in [*plain, a.vararg, *a.kwonlyargs, a.kwarg] if p and p.arg not in ("self", "cls")]
+        rows = [
+            (stars.get(id(p), "") + p.arg, p.annotation, given.get(p.arg), p.lineno)
+            for p in [*plain, a.vararg, *a.kwonlyargs, a.kwarg]
+            if p and p.arg not in ("self", "cls")
+        ]
         rows += [("returns", node.returns, None, node.returns.end_lineno)] if node.returns else []
     last = {row[3]: i for i, row in enumerate(rows)}  # a comment belongs to the last parameter of its line
-    table = [[f"<code>{name}</code>" if name != "returns" else "<em>returns</em>", *(f"<code>{html.escape(ast.unparse(x))}</code>" if x else "" for x in (kind, default)),
-              cell(said.get(line, "")) if last[line] == i else ""] for i, (name, kind, default, line) in enumerate(rows)]
+    table = [
+        [
+            f"<code>{name}</code>" if name != "returns" else "<em>returns</em>",
+            *(f"<code>{html.escape(ast.unparse(x))}</code>" if x else "" for x in (kind, default)),
+            cell(said.get(line, "")) if last[line] == i else "",
+        ]
+        for i, (name, kind, default, line) in enumerate(rows)
+    ]
     head = "<tr><th>parameter</th><th>type</th><th>default</th><th>meaning</th></tr>"
-    return f'<div class="scroll parameters"><table>{head}{"".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in table)}</table></div>' if rows else ""
+    return (
+        '<div class="scroll'
+        f' parameters"><table>{head}{"".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in table)}</table></div>'
+        if rows
+        else ""
+    )
 
 
 def signature(node: ast.AST, name: str) -> str:
@@ -173,26 +228,43 @@ def signature(node: ast.AST, name: str) -> str:
         bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
         return f"class {name}{bases}"
     args = ast.unparse(node.args)
-    return f"{name}({re.sub(r'^(self|cls)(, )?', '', args)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
+    return f"{name}({re.sub(r'^(self|cls)(, )?', '', args)})" + (
+        f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    )
 
 
 def defined(node: ast.AST) -> list[str]:
     "The names that a statement at the top of a module defines."
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
     return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
 
 
-def entry(node: ast.AST, symbol: str, source: str, said: dict[int, str], module: str, owner: str = "") -> list[str]:
+def entry(
+    node: ast.AST, symbol: str, source: str, said: dict[int, str], module: str, owner: str = ""
+) -> list[str]:
     "The entry of one symbol: heading, signature, docstring, parameters, link to its source; then the methods of a class."
     link = f"[source](../files/unirec/{module.replace('.', '/')}.py.md#__codelineno-0-{node.lineno})"
     name = owner + symbol
     if isinstance(node, ast.Assign | ast.AnnAssign):
         text = ast.get_source_segment(source, node).splitlines()
         more = [f"# {len(text) - 12} lines more: see the source"] if len(text) > 12 else []
-        return [f"## `{name}` {{ #{name} }}", "~~~~~~python\n" + "\n".join(text[:12] + more) + "\n~~~~~~", link]
-    parts = [f"{'###' if owner else '##'} `{name}` {{ #{name} }}", f"~~~~~~python\n{signature(node, name)}\n~~~~~~"]
+        return [
+            f"## `{name}` {{ #{name} }}",
+            "~~~~~~python\n" + "\n".join(text[:12] + more) + "\n~~~~~~",
+            link,
+        ]
+    parts = [
+        f"{'###' if owner else '##'} `{name}` {{ #{name} }}",
+        f"~~~~~~python\n{signature(node, name)}\n~~~~~~",
+    ]
     parts += [html.escape(ast.get_docstring(node) or "", quote=False), parameters(node, said), link]
     if isinstance(node, ast.ClassDef):
         methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
@@ -208,7 +280,12 @@ def reference(path: Path, module: str, chapter: str, title: str) -> str:
     source = path.read_text(encoding="utf8")
     tree, said = ast.parse(source), comments(source)
     known = {name: node for node in tree.body for name in defined(node)}
-    parts = ["---\nsearch: {boost: 0.5}\n---", f"# unirec.{module}", f"> {ast.get_docstring(tree)}", f"Chapter: [{title}](../{chapter}.md)"]
+    parts = [
+        "---\nsearch: {boost: 0.5}\n---",
+        f"# unirec.{module}",
+        f"> {ast.get_docstring(tree)}",
+        f"Chapter: [{title}](../{chapter}.md)",
+    ]
     for name in ast.literal_eval(known["__all__"].value):
         parts += entry(known[name], name, source, said, module)
     return "\n\n".join(parts) + "\n"
@@ -224,7 +301,10 @@ def listing(root: Path, file: str, docs: Path) -> None:
         shutil.copyfile(source, to)
         return
     lines = ' linenums="1"' if source.suffix == ".py" else ""
-    text = f"---\nsearch: {{exclude: true}}\n---\n# {file}\n\n~~~~~~{{.{'python' if lines else 'text'}{lines}}}\n{source.read_text(encoding='utf8').rstrip()}\n~~~~~~\n"
+    text = (
+        "---\nsearch: {exclude: true}\n---\n#"
+        f" {file}\n\n~~~~~~{{.{'python' if lines else 'text'}{lines}}}\n{source.read_text(encoding='utf8').rstrip()}\n~~~~~~\n"
+    )
     to.with_name(to.name + ".md").write_text(text, encoding="utf8")
 
 
@@ -234,20 +314,34 @@ def prepare(root: Path, folder: Path) -> list[dict]:
     for part, names in chapters(root / "nbs").items():
         entries = []
         for name in names:
-            module = re.search(r"^#\|\s*default_exp\s+([\w.]+)", "\n".join(c.source for c in nbformat.read(root / "nbs" / f"{name}.ipynb", 4).cells), re.M)
-            note = f"Module `unirec.{module[1]}`: [reference](reference/{module[1]}.md)\n{{: .module }}" if module else ""
+            module = re.search(
+                r"^#\|\s*default_exp\s+([\w.]+)",
+                "\n".join(c.source for c in nbformat.read(root / "nbs" / f"{name}.ipynb", 4).cells),
+                re.M,
+            )
+            note = (
+                f"Module `unirec.{module[1]}`: [reference](reference/{module[1]}.md)\n{{: .module }}"
+                if module
+                else ""
+            )
             title = page(root / "nbs" / f"{name}.ipynb", name, docs, linked, note)
             modules |= {module[1]: (name, title)} if module else {}
             entries.append({title: f"{name}.md"})
         contents.append({part: entries})
     for name, paths in executed(root).items():
         note = f"The pipeline executed this notebook on the set `{name}`."
-        runs = [{page(p, f"runs/{name}/{p.stem}", docs, linked, note): f"runs/{name}/{p.stem}.md"} for p in paths]
-        next(part for part in contents if "The pipeline" in part)["The pipeline"].append({f"Executed on {name}": runs})
+        runs = [
+            {page(p, f"runs/{name}/{p.stem}", docs, linked, note): f"runs/{name}/{p.stem}.md"} for p in paths
+        ]
+        next(part for part in contents if "The pipeline" in part)["The pipeline"].append(
+            {f"Executed on {name}": runs}
+        )
     (docs / "reference").mkdir()
     for module, chapter in sorted(modules.items()):
         source = f"unirec/{module.replace('.', '/')}.py"
-        (docs / "reference" / f"{module}.md").write_text(reference(root / source, module, *chapter), encoding="utf8")
+        (docs / "reference" / f"{module}.md").write_text(
+            reference(root / source, module, *chapter), encoding="utf8"
+        )
         linked.add(source)
     contents.append({"Reference": [{module: f"reference/{module}.md"} for module in sorted(modules)]})
     for file in sorted(linked):
@@ -258,7 +352,11 @@ def prepare(root: Path, folder: Path) -> list[dict]:
     (docs / "images").mkdir()
     shutil.copyfile(look / "favicon.svg", docs / "images" / "favicon.svg")
     settings = {"docs_dir": str(docs), "nav": contents}
-    (folder / "mkdocs.yml").write_text((look / "mkdocs.yml").read_text(encoding="utf8") + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000), encoding="utf8")
+    (folder / "mkdocs.yml").write_text(
+        (look / "mkdocs.yml").read_text(encoding="utf8")
+        + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000),
+        encoding="utf8",
+    )
     return contents
 
 
@@ -269,8 +367,22 @@ def build(root: Path, site: Path) -> None:
         prepare(root, folder)
         font = Path(find_spec("ziamath").submodule_search_locations[0]) / "fonts" / "STIXTwoMath-Regular.ttf"
         shutil.copyfile(font, folder / "docs" / "stix-two-math.ttf")
-        subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--config-file", folder / "mkdocs.yml", "--site-dir", site.resolve()], check=True,
-                       env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "mkdocs",
+                "build",
+                "--quiet",
+                "--strict",
+                "--config-file",
+                folder / "mkdocs.yml",
+                "--site-dir",
+                site.resolve(),
+            ],
+            check=True,
+            env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Exit 0 when the Python that runs this satisfies requirements/; otherwise one line says what is missing: `check_env.py [book]`."""
+
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,5 @@
 """Write README.md from nbs/index.ipynb: `python tools/readme.py [root folder]`."""
+
 import re
 import sys
 from pathlib import Path, PurePosixPath
@@ -27,7 +28,7 @@ def visible(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         told = directives(cell.source) if cell.cell_type == "code" else {}
         if "hide" in told or told.get("include") == "false":
             continue
-        cell.source = "\n".join(cell.source.splitlines()[len(told):])
+        cell.source = "\n".join(cell.source.splitlines()[len(told) :])
         if cell.cell_type == "code":
             if told.get("output") == "false":
                 cell.outputs = []
@@ -40,6 +41,7 @@ def visible(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def from_root(text: str) -> str:
     "Links that are relative to nbs/ made relative to the root, where README.md lies."
+
     def moved(match: re.Match) -> str:
         parts = []
         for part in PurePosixPath("nbs", match[2]).parts:
@@ -48,6 +50,7 @@ def from_root(text: str) -> str:
             else:
                 parts.append(part)
         return match[1] + "/".join(parts) + match[3]
+
     relative = r"(?![a-z]+:|/|#)([^)\s\"#]+)"
     text = re.sub(r"(\]\()" + relative + r"([)#\s])", moved, text)
     return re.sub(r"((?:src|href)=\")" + relative + r"([\"#])", moved, text)
