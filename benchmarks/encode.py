@@ -206,7 +206,10 @@ class StandIn:
 def catalogue(n: int, seed: int = 0) -> pd.DataFrame:
     "Made-up items with 14 attributes: own titles, a description for every second one, seven categories of 50 values, five numbers in cents."
     rng = np.random.default_rng(seed)
-    number = lambda: np.round(rng.lognormal(3, 1, n), 2)
+
+    def number():
+        return np.round(rng.lognormal(3, 1, n), 2)
+
     return pd.DataFrame(
         {
             "item_id": np.arange(n).astype(str),

@@ -43,9 +43,15 @@ BUDGET = 30  # seconds of one case, above which it is not repeated more than thr
 def catalogue(items: int, attributes: int, seed: int = 0) -> Catalogue:
     "Synthetic: half of the attributes text, the others numbers, random vectors; at most 5,000 distinct texts, so that 100,000 items fit."
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g)
+
     texts, numbers, half = min(5_000, 2 * items), 256, (attributes + 1) // 2
-    pick = lambda n, count: torch.randint(n, (items, count), generator=g)
+
+    def pick(n, count):
+        return torch.randint(n, (items, count), generator=g)
+
     ids = texts + numbers + torch.arange(items)[:, None]
     value = torch.cat([pick(texts, half), texts + pick(numbers, attributes - half), ids], 1)
     mask = torch.rand(items, attributes + 1, generator=g) >= 0.3

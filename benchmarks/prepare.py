@@ -152,7 +152,10 @@ def plain(folder: Path, out: Path) -> int:
     events, _ = k_core(events[events.item_id.isin(set(items.item_id))], 5, 5)
     items = items[items.item_id.isin(set(events.item_id))].reset_index(drop=True)
     users = pd.DataFrame({"user_id": pd.unique(events.user_id)})
-    number = lambda values, ids: values.map(pd.Series(range(len(ids)), ids)).to_numpy(np.int64)
+
+    def number(values, ids):
+        return values.map(pd.Series(range(len(ids)), ids)).to_numpy(np.int64)
+
     table = pd.DataFrame(
         {
             "user": number(events.user_id, users.user_id),

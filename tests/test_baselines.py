@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from unirec.baselines import itemknn, markov, mean_vectors, popularity
-from unirec.metrics import full_ranks, summarise
 from unirec.bpr import BPRConfig, bpr
+from unirec.metrics import full_ranks, summarise
 from unirec.sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
 from unirec.splits import Histories
 from unirec.training import FitConfig
@@ -119,14 +119,16 @@ def test_the_best_epoch_is_kept(world, trained, name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_seed_gives_the_same_weights_and_another_seed_gives_others(world, name):
-    learn = lambda seed: weights(
-        TRAINED[name](
-            world["train"],
-            world["valid"],
-            fit=FitConfig(epochs=1, lr=1e-2, seed=seed),
-            vectors=world["vectors"],
+    def learn(seed):
+        return weights(
+            TRAINED[name](
+                world["train"],
+                world["valid"],
+                fit=FitConfig(epochs=1, lr=1e-2, seed=seed),
+                vectors=world["vectors"],
+            )
         )
-    )
+
     torch.manual_seed(99)
     first = learn(3)
     torch.rand(7)  # what was drawn before does not matter
@@ -137,9 +139,11 @@ def test_a_seed_gives_the_same_weights_and_another_seed_gives_others(world, name
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_valid_targets_choose_the_epoch_and_touch_no_weight(world, name):
-    learn = lambda targets: TRAINED[name](
-        world["train"], targets, fit=FitConfig(epochs=1, lr=1e-2), vectors=world["vectors"]
-    )
+    def learn(targets):
+        return TRAINED[name](
+            world["train"], targets, fit=FitConfig(epochs=1, lr=1e-2), vectors=world["vectors"]
+        )
+
     one, other = learn(world["valid"]), learn(np.roll(world["valid"], 1))
     assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values(), strict=True))
     assert one.log[0]["mrr"] != other.log[0]["mrr"]

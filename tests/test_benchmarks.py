@@ -127,7 +127,10 @@ def windows():
 
 def test_single_positions_are_the_same_positions(windows):
     single = finetune.single_positions(windows, 5)
-    key = lambda items, rating, target: (tuple(items.tolist()), tuple(rating[:, 0].tolist()), int(target))
+
+    def key(items, rating, target):
+        return (tuple(items.tolist()), tuple(rating[:, 0].tolist()), int(target))
+
     wanted = sorted(
         key(b["items"][r, : p + 1], b["rating"][r, : p + 1], t)
         for b in windows

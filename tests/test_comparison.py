@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+
 from unirec import comparison, opponents, tuning
 from unirec.fingerprint import sources
 from unirec.significance import compare_models

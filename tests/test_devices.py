@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pretend_device
 import pytest
 import torch
 
-import pretend_device
 from unirec import steps
 from unirec.datasets import SetSpec
 from unirec.hierarchy import EncoderConfig, Events, training_batches

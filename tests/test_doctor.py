@@ -157,7 +157,10 @@ def test_the_committed_run_is_the_paper_profile_in_true_shapes(root, committed):
         tower = open_clip.model.CLIP(
             **open_clip.get_model_config(profile.models["image"]["open_clip"])
         ).visual
-    count = lambda m: sum(p.numel() for p in m.parameters())
+
+    def count(m):
+        return sum(p.numel() for p in m.parameters())
+
     assert committed["parameters"]["text tower"] == count(text) and committed["parameters"][
         "picture tower"
     ] == count(tower)

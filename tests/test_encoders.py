@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from unirec.encoders import ImageEncoder, TextEncoder
-from unirec.store import texts_of
 from unirec.schema import Schema
+from unirec.store import texts_of
 
 TEXTS = [
     "red mug",

@@ -231,7 +231,10 @@ def test_fault_02_user_tokens_reach_the_llm(model, catalogue):
     "The released user Q-Former never reaches the LLM."
     batch = batch_of(histories([[0, 2, 3], [1, 4]]), 0, 1)
     tokens = model.items(catalogue).detach()
-    spoken = lambda net: net.parts(tokens, batch)[1]
+
+    def spoken(net):
+        return net.parts(tokens, batch)[1]
+
     other = deepcopy(model)
     for p in model.parameters():
         p.grad = None
@@ -408,7 +411,10 @@ def test_fault_06_all_negatives_are_used():
     h = histories([[100, 101]], n_items=102)
     scores = np.full((1, 102), -1.0, np.float32)
     scores[0, 0] = 0.0
-    rank = lambda: candidate_ranks(lambda h, users: scores, h, candidates)[0]
+
+    def rank():
+        return candidate_ranks(lambda h, users: scores, h, candidates)[0]
+
     assert rank() == 1
     for place in (99, 50, 10, 1):
         scores[0, place] = 1.0

@@ -29,7 +29,7 @@ from PIL import Image
 from unirec import sources
 from unirec.archives import gunzip, unzip
 from unirec.datasets import SetSpec, download
-from unirec.fetch import FetchError, Patience, beside, digest, fetch, fetch_hub, own_trouble, write_json
+from unirec.fetch import FetchError, Patience, beside, fetch, fetch_hub, own_trouble, write_json
 from unirec.pictures import Limits, examine, fetch_pictures, packed, picture_urls
 from unirec.prepare import prepare
 from unirec.raw import clean_image

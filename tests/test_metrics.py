@@ -20,7 +20,6 @@ from unirec.breakdowns import by_group, diversity, gini, list_figures, retrieval
 from unirec.datasets import SetSpec
 from unirec.metrics import (
     candidate_ranks,
-    expected_ranks,
     full_ranks,
     last_ranks,
     random_mrr,
@@ -109,7 +108,10 @@ def test_equal_scores_are_chance():
         ),
         np.zeros(users, np.int64),
     )
-    equal = lambda h, u: np.zeros((len(u), n))
+
+    def equal(h, u):
+        return np.zeros((len(u), n))
+
     assert (full_ranks(equal, h, targets) == (n + 1) / 2).all()
     assert summarise(full_ranks(equal, h, targets))["mrr"] == pytest.approx(2 / (n + 1), abs=1e-12)
     drawn = shuffled_ranks(equal, h, targets, seed=3)
@@ -298,9 +300,9 @@ def test_paired_gives_what_it_gave(users):
 def null(rng: np.random.Generator, seeds: int, users: int, seed_sd: float) -> tuple[np.ndarray, np.ndarray]:
     "Reciprocal ranks of two models that are equally good: users in common, tastes, seeds and noise of their own."
     ability = rng.normal(0, 1.5, users)
-    draw = lambda: (
-        1
-        / np.ceil(
+
+    def draw():
+        return 1 / np.ceil(
             np.exp(
                 np.maximum(
                     0,
@@ -312,7 +314,7 @@ def null(rng: np.random.Generator, seeds: int, users: int, seed_sd: float) -> tu
                 )
             )
         )
-    )
+
     return draw(), draw()
 
 
@@ -498,7 +500,10 @@ def test_load_needs_no_test_file_and_holds_no_test_event(toy_project, without_te
         and np.array_equal(whole.valid_targets, trimmed.valid_targets)
     )
     parts = {p: pd.read_parquet(prepared / f"{p}.parquet") for p in ("train", "valid", "test")}
-    pairs = lambda h: list(zip(h.users.tolist(), h.items.tolist(), h.times.tolist()))
+
+    def pairs(h):
+        return list(zip(h.users.tolist(), h.items.tolist(), h.times.tolist()))
+
     held = pairs(trimmed.train) + pairs(trimmed.valid)
     assert held == [
         (int(r.user), int(r.item), int(r.timestamp))

@@ -154,7 +154,10 @@ def test_training_learns_its_projection(shop):
 def test_a_store_from_before_the_registration_is_read(toy_project):
     project, params = toy_project
     spec = SetSpec.from_params("toy", params["sets"]["toy"])
-    load = lambda: steps.load(project / "prepared" / "toy", project / "embeddings" / "toy", spec).catalogue
+
+    def load():
+        return steps.load(project / "prepared" / "toy", project / "embeddings" / "toy", spec).catalogue
+
     before = load()
     register_encoder("smell", "smell", make)
     try:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+
 from unirec import answers, claims, questions, verdicts
 from unirec.claims import Question, jobs, planned, settings, with_sets
 from unirec.opponents import toy_comparison
@@ -255,7 +256,10 @@ def test_a_renamed_attribute_reaches_the_model(project):
     questions.ask(path, project)
     rows = verdicts.read_rows(project, "toy").set_index("variant")
     ranks = pd.read_parquet(project / "experiments/results/toy.ranks.parquet").astype({"run": str})
-    of = lambda v: ranks[ranks.run == rows.run[v]].full.to_numpy()
+
+    def of(v):
+        return ranks[ranks.run == rows.run[v]].full.to_numpy()
+
     assert (of("renamed") != of("sum")).any() and (of("value_renamed") == of("value_only")).all()
 
 

@@ -997,7 +997,10 @@ def sets(words, ids=IDS):
 def compare(result, made, reviews=True):
     "The canonical tables say what was made."
     items, events, quality = result
-    none = lambda values: [None if v is None or v != v else v for v in values]
+
+    def none(values):
+        return [None if v is None or v != v else v for v in values]
+
     assert items.item_id.tolist() == list(made[0]) and none(items.title) == [
         t for t, _, _ in made[0].values()
     ]
@@ -1085,7 +1088,10 @@ def test_yelp_comes_back(tmp_path_factory, made):
         folder / "yelp_academic_dataset_business.json",
         [{"business_id": i, "title": t, "brand": b, "price": p} for i, (t, b, p) in made[0].items()],
     )
-    date = lambda t: pd.Timestamp(t, unit="s").strftime("%Y-%m-%d %H:%M:%S")
+
+    def date(t):
+        return pd.Timestamp(t, unit="s").strftime("%Y-%m-%d %H:%M:%S")
+
     dump(
         folder / "yelp_academic_dataset_review.json",
         [
@@ -1100,7 +1106,10 @@ def test_yelp_comes_back(tmp_path_factory, made):
 @given(made=sets(CELL))
 def test_atomic_files_come_back(tmp_path_factory, made):
     folder = tmp_path_factory.mktemp("set")
-    cell = lambda v: "" if v is None else repr(v) if isinstance(v, float) else str(v)
+
+    def cell(v):
+        return "" if v is None else repr(v) if isinstance(v, float) else str(v)
+
     dump(
         folder / "Toy.item",
         [
@@ -1437,9 +1446,10 @@ def planted():
         }
     )
     parts = leave_one_out(in_order(rows))
-    made = lambda frame: pd.DataFrame(
-        {a.name: train_aggregate(frame, 7, a.source.partition(":")[2]) for a in schema}
-    )
+
+    def made(frame):
+        return pd.DataFrame({a.name: train_aggregate(frame, 7, a.source.partition(":")[2]) for a in schema})
+
     targets = parts["test"].item.to_numpy()
     lists = np.concatenate(
         list(
@@ -1503,15 +1513,20 @@ def test_every_preparation_checks(shop, monkeypatch, planted_in):
     "A leak that is planted in the steps themselves stops `prepare`, which leaves no tables."
     whole = getattr(preparing, planted_in)
     if planted_in == "split":
-        leaky = lambda frame, rule: (
-            lambda p: p | {"train": pd.concat([p["train"], p["test"][:1]]), "test": p["test"]}
-        )(whole(frame, rule))
+
+        def leaky(frame, rule):
+            return (lambda p: p | {"train": pd.concat([p["train"], p["test"][:1]]), "test": p["test"]})(
+                whole(frame, rule)
+            )
     elif planted_in == "train_aggregate":
-        leaky = lambda train, n, what: whole(train, n, what) + 1
+
+        def leaky(train, n, what):
+            return whole(train, n, what) + 1
     else:
-        leaky = lambda user, item, *rest: (
-            np.where(np.arange(c.shape[1]) == 1, item[0], c) for c in whole(user, item, *rest)
-        )
+
+        def leaky(user, item, *rest):
+            return (np.where(np.arange(c.shape[1]) == 1, item[0], c) for c in whole(user, item, *rest))
+
     monkeypatch.setattr(preparing, planted_in, leaky)
     with pytest.raises(ValueError, match="leak"):
         prepare(shop[0] / "raw", shop[1], shop[0] / "out", 3)

@@ -122,7 +122,10 @@ def test_item_aggregates_of_a_time_split_end_at_the_cut(table):
 def test_shuffled_ties_move_nothing_but_ties(table, seed):
     plain, mixed = in_order(table), in_order(table, "shuffled", seed)
     assert plain.user.equals(mixed.user) and plain.timestamp.equals(mixed.timestamp)
-    same = lambda frame: frame.groupby(["user", "timestamp"]).row.agg(frozenset)
+
+    def same(frame):
+        return frame.groupby(["user", "timestamp"]).row.agg(frozenset)
+
     assert same(plain).equals(same(mixed))
     assert plain.groupby(["user", "timestamp"]).row.apply(lambda r: r.is_monotonic_increasing).all(), (
         "ties keep the order of the file"

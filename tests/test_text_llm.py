@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from unirec.llm import LLMConfig, load_llm
-from unirec.splits import Histories
 from unirec.released import Released, ReleasedConfig, released_batches, released_loss
+from unirec.splits import Histories
 from unirec.text_llm import (
     TextLLM,
     TextLLMConfig,
@@ -119,7 +119,10 @@ def test_adapters_off_is_the_frozen_model(text):
 def test_batches_have_each_position_once_and_follow_the_seed(text):
     train = histories([1, 9, 4, 7])
     config = TextLLMConfig(llm=LLM, history=6, batch_tokens=40)
-    once = lambda seed, epoch: title_batches(train, text.titles, config, seed)(epoch)
+
+    def once(seed, epoch):
+        return title_batches(train, text.titles, config, seed)(epoch)
+
     assert sum(b["events"] for b in once(0, 0)) == sum(n - 1 for n in train.lengths)
     same, other = once(0, 0), once(0, 1)
     assert all(torch.equal(a["words"], b["words"]) for a, b in zip(same, once(0, 0), strict=True))

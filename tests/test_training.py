@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_toy
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import train_toy
 from unirec.training import FitConfig, fit, shard, supervised
 
 CLOCK = ("seconds", "samples_per_second", "tokens_per_second", "memory_mb")
@@ -260,8 +260,13 @@ def test_shards_cover_every_row_once(rows, world, positions, random):
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_micro_batches_are_one_large_batch(pieces):
     "Rows of a batch as micro-batches of a step, unequal in positions, give the step of the whole batch."
-    large = lambda e: train_toy.epoch_batches(e, size=9)[:4]
-    small = lambda e: [shard(b, r, pieces) | {"tokens": 0} for b in large(e) for r in range(pieces)]
+
+    def large(e):
+        return train_toy.epoch_batches(e, size=9)[:4]
+
+    def small(e):
+        return [shard(b, r, pieces) | {"tokens": 0} for b in large(e) for r in range(pieces)]
+
     assert len({supervised(b) for b in small(0)}) > 1
     # one epoch: batch norm's running means see every micro-batch, so valid may prefer another epoch, and
     # other weights would be compared
@@ -285,7 +290,10 @@ def launched(tmp_path_factory) -> tuple[Path, dict]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    out = lambda name: {"out": str(folder / name)}
+
+    def out(name):
+        return {"out": str(folder / name)}
+
     stopped = out("stopped") | {"dropout": 0.2, "state": str(folder / "state.safetensors"), "save_every": 4}
     attempts = {
         "two": [out("two")],
@@ -355,10 +363,13 @@ def test_nan_names_epoch_batch_and_rows():
 
 def test_nan_in_a_later_epoch():
     calls = iter(range(100))
-    poisoned = lambda m, b: (m(b["x"]) ** 2).mean() * (float("nan") if next(calls) == 5 else 1.0)
-    batches = lambda e: [
-        {"x": torch.ones(20, 1), "ids": torch.arange(20) + 1000 * e + 100 * i} for i in range(4)
-    ]
+
+    def poisoned(m, b):
+        return (m(b["x"]) ** 2).mean() * (float("nan") if next(calls) == 5 else 1.0)
+
+    def batches(e):
+        return [{"x": torch.ones(20, 1), "ids": torch.arange(20) + 1000 * e + 100 * i} for i in range(4)]
+
     with pytest.raises(
         FloatingPointError,
         match=r"in epoch 1, batch 1 \(ids 1100, 1101, 1102, 1103, 1104, 1105, 1106, 1107 and 12 more\)",

@@ -8,14 +8,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import cache_toy
 import numpy as np
 import pandas as pd
 import pytest
+from cache_toy import WORDS, Tower, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cache_toy
-from cache_toy import WORDS, Tower, truth
 from unirec.schema import Schema
 from unirec.store import build_store, load_catalogue
 from unirec.vectors import Cached, VectorCache, hashes, merge

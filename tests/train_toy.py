@@ -142,7 +142,10 @@ def train(
     if kill_write:
         resume.os.replace = replace
     whole = build(dropout)
-    validate = lambda m: summarise(full_ranks(m["model"].scorer(), h, targets))
+
+    def validate(m):
+        return summarise(full_ranks(m["model"].scorer(), h, targets))
+
     log = training.fit(
         whole,
         batches,

@@ -106,7 +106,10 @@ def mean_vectors(
     vectors = np.asarray(vectors, dtype=np.float32)
     if not np.isfinite(vectors).all():
         raise ValueError(f"the vector of item {np.argmin(np.isfinite(vectors).all(1))} is not finite")
-    unit = lambda rows: rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+    def unit(rows):
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
     directions = unit(vectors)
     return lambda histories, users: (
         unit(history_weights(histories, users, length, half_life) @ directions) @ directions.T

@@ -164,7 +164,10 @@ def bpr(
     torch.manual_seed(fit_config.seed)
     scorer = UserScorer(BPR(len(train), train.n_items, config.width))
     batches = triple_batches(train, config.batch, config.steps, fit_config.seed)
-    validate = lambda trained: summarise(full_ranks(scorer, train, targets))
+
+    def validate(trained):
+        return summarise(full_ranks(scorer, train, targets))
+
     scorer.log = fit(
         scorer.model,
         batches,

@@ -20,14 +20,16 @@ __all__ = [
 ]
 
 # %% ../nbs/12_breakdowns.ipynb #cell-002
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-import itertools
+
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
+
 from .metrics import expected_ranks, had
 from .recommender import UniRec
 from .significance import bootstrap

@@ -69,7 +69,10 @@ DEEP = {
 
 def wrong_kinds(told: Mapping) -> Iterator[str]:  # the file's content
     "Fields that are not of the kind that they have to be."
-    inside = lambda value: value if isinstance(value, Mapping) else {}
+
+    def inside(value):
+        return value if isinstance(value, Mapping) else {}
+
     found = [(name, told[name], wanted, "") for name, wanted in KINDS.items() if name in told]
     for name, wanted in INNER.items():
         for k, own in inside(told.get(name)).items():

@@ -109,11 +109,15 @@ def _pair(model: UniRec, j: int, k: int, most: int, g: torch.Generator) -> dict:
         part[at] = part[at][torch.randperm(int(at.sum()), generator=g).to(rows.device)]
         changed &= (part != value[rows]).any(1)
         value[rows] = part
-    embed = lambda catalogue, weights, items: model.items.embed(
-        functional_call(model.items, weights, (catalogue, items))
-    )
+
+    def embed(catalogue, weights, items):
+        return model.items.embed(functional_call(model.items, weights, (catalogue, items)))
+
     before = embed(c, {}, rows) if len(rows) else None
-    mean = lambda x: float(x.mean()) if len(x) else math.nan
+
+    def mean(x):
+        return float(x.mean()) if len(x) else math.nan
+
     by_name = mean(moved(before, embed(*_exchanged(model, j, k), rows))) if len(rows) else math.nan
     by_value = (
         mean(moved(before, embed(replace(c, value=value), {}, rows))[changed]) if len(rows) else math.nan
@@ -224,7 +228,10 @@ def modality_shares(
     c, kinds = model.catalogue, [*TABLES, "id"]
     mask = c.mask if model.items.triplets.ids is not None else c.mask & (c.attr != c.id_attr)
     kind, out = c.encoder[c.attr], []  # (N, A)
-    reciprocal = lambda: 1 / full_ranks(model.scorer(), histories, targets)
+
+    def reciprocal():
+        return 1 / full_ranks(model.scorer(), histories, targets)
+
     with evaluating(model):
         before, whole = model.items.embed(model.items(c)), None if targets is None else reciprocal()
     for i, name in enumerate(kinds):
@@ -263,12 +270,18 @@ def instability(
     clipped: float | None = None,  # share of clipped steps; None: not held against a run
 ) -> dict:  # loss_rise, rises, mrr_fall, clipped, norm_ratio (NaN where the log cannot tell), verdict
     "What a training log says about the stability of its run."
-    column = lambda name: np.array([np.nan if r.get(name) is None else r[name] for r in log], float)
+
+    def column(name):
+        return np.array([np.nan if r.get(name) is None else r[name] for r in log], float)
+
     loss, mrr = column("loss")[1 if len(log) and math.isnan(column("loss")[0]) else 0 :], column("mrr")
     steps, fell = np.diff(loss), loss[0] - np.nanmin(loss) if np.isfinite(loss).any() else np.nan
     worst, rises = np.fmax.reduce(steps, initial=0.0), int((steps > 0).sum())
     best = np.fmax.accumulate(mrr) if len(mrr) else mrr
-    largest = lambda x: float(np.nanmax(x)) if np.isfinite(x).any() else math.nan
+
+    def largest(x):
+        return float(np.nanmax(x)) if np.isfinite(x).any() else math.nan
+
     with np.errstate(divide="ignore", invalid="ignore"):
         out = {
             "loss_rise": 0.0 if rises == 0 else float(worst / fell) if fell > 0 else math.inf,
@@ -300,10 +313,13 @@ def findings(
 ) -> list[str]:  # of `diagnose`: schema, lengths, modalities (tables), instability (dict), recent (events)
     "A sentence per signature: the sign and its figure, or that there is none; one before them if the model is no better than chance."
     s, l, m, out = found["schema"], found["lengths"], found["modalities"], []
-    pooled = lambda t, x, se: (
-        (t.users * t[x]).sum() / t.users.sum(),
-        ((t.users * t[se].fillna(0)) ** 2).sum() ** 0.5 / t.users.sum(),
-    )
+
+    def pooled(t, x, se):
+        return (
+            (t.users * t[x]).sum() / t.users.sum(),
+            ((t.users * t[se].fillna(0)) ** 2).sum() ** 0.5 / t.users.sum(),
+        )
+
     (mrr, se), chance = pooled(l, "mrr", "se"), (l.users * l.chance).sum() / l.users.sum()
     if mrr < chance + 2 * se:
         out.append(

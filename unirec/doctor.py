@@ -141,7 +141,10 @@ def profile_lines(profile: Profile, machine: Machine, root: Path) -> list[str]:
         else [f"{w:<6} {uri}: {at_hand(uri, root)[1]}" for w, uri in models.items()]
     )
     data = [f"data   {name}: {data_at_hand(p, name)}" for name in p["datasets"]]
-    exact = lambda name: name if name != "auto" else f"{'bf16' if machine.bf16 else 'fp32'} (auto)"
+
+    def exact(name):
+        return name if name != "auto" else f"{'bf16' if machine.bf16 else 'fp32'} (auto)"
+
     step = [
         f"a step of {s}: {p[s]['batch']['size']} histories x {p[s]['fit']['accumulate']},"
         f" {exact(p[s]['fit']['precision'])}"

@@ -70,7 +70,10 @@ def four_items(
     "Write a made-up shop of four items as tables with pictures; returns its description."
     (folder / "images").mkdir(parents=True)
     rng, columns = np.random.default_rng(0), {"item_id": [f"i{i}" for i in range(4)]}
-    says = lambda n: " ".join(rng.choice(WORDS, n))
+
+    def says(n):
+        return " ".join(rng.choice(WORDS, n))
+
     for name, a in schema.items():
         if a["type"] == "number":
             columns[name] = np.round(rng.lognormal(3, 1, 4), 2)
@@ -255,10 +258,11 @@ def run_flops(
         encoded = n if full else min(n, loss["negatives"] + size * positions + size * length)
         if loss["contrast"]:
             encoded += min(loss["items"], encoded if loss["positives"] == "views" else size * (length - 1))
+
         # tokens of so many queries
-        read = lambda queries, each, long: (
-            queries / each * (units["constant"] + long * units["each"]) + queries * units["branch"]
-        )
+        def read(queries, each, long):
+            return queries / each * (units["constant"] + long * units["each"]) + queries * units["branch"]
+
         step = (
             encoded * units["item"] * units["train_items"]
             + size * positions * units["position"] * units["train_users"]
@@ -361,7 +365,10 @@ def examine(data: Data, params: Mapping, checkpoint: Path) -> dict:
     batch = training_batches(
         data.train, Events.of(data.train), model.config.history, own["positions"], own["size"], 0, 0
     )[0]
-    count = lambda m, trained=False: sum(p.numel() for p in m.parameters() if p.requires_grad or not trained)
+
+    def count(m, trained=False):
+        return sum(p.numel() for p in m.parameters() if p.requires_grad or not trained)
+
     units = model_units(model.eval(), batch)
     encoder = count(model.items) + count(model.users)
     parameters = {

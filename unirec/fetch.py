@@ -54,7 +54,8 @@ from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError as BodyError, NameResolutionError, ProtocolError
+from urllib3.exceptions import HTTPError as BodyError
+from urllib3.exceptions import NameResolutionError, ProtocolError
 
 
 # %% ../nbs/01_fetch.ipynb #cell-006
@@ -378,7 +379,9 @@ def persist(
             raise Refused(f"{state.outcome.exception()}: it asks to wait for {asked:.0f} s")
         return grow(state) if asked is None else asked
 
-    size = lambda: part.stat().st_size if part.exists() else 0
+    def size():
+        return part.stat().st_size if part.exists() else 0
+
     while True:
         before = size()
         rounds = Retrying(

@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from torch.utils.flop_counter import FlopCounterMode
 
 from .encoders import time_features

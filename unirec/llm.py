@@ -165,7 +165,10 @@ def load_llm(config: LLMConfig) -> tuple[nn.Module, Tensor, float, str, Tensor]:
     if config.adapt == "random_init":
         # matrices and words at random, as before any pretraining; norms at one
         g = torch.Generator().manual_seed(config.seed)
-        drawn = lambda t, std: torch.empty(t.shape).normal_(0, std, generator=g).to(t.dtype)
+
+        def drawn(t, std):
+            return torch.empty(t.shape).normal_(0, std, generator=g).to(t.dtype)
+
         state = {
             k: (
                 drawn(v, shape.initializer_range)

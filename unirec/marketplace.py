@@ -33,7 +33,8 @@ __all__ = [
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 # %% ../nbs/01_marketplace.ipynb #cell-005
 FACTORS = (
@@ -464,7 +465,10 @@ RESTS_ON = {"style": ("style", "interaction", "drift"), "function": ("function",
 def oracle(world: World) -> dict:
     "Per-user expected reciprocal ranks at the test event of those who know everything, all but one thing, or nothing: name -> (U,)."
     last = world.events[world.events.step == world.config.max_events - 1].sort_values("user")
-    rank = lambda scores: reciprocal_ranks(np.round(scores, 6), last.item.to_numpy(), world.seen)
+
+    def rank(scores):
+        return reciprocal_ranks(np.round(scores, 6), last.item.to_numpy(), world.seen)
+
     full, train = (
         sum(world.final[f] for f in FACTORS),
         world.events[world.events.step < world.config.max_events - 2],

@@ -19,9 +19,11 @@ __all__ = [
 
 # %% ../nbs/12_metrics.ipynb #cell-002
 from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
+
 from .splits import Histories
 
 

@@ -113,15 +113,18 @@ def one_row(attributes: Mapping, schema: Schema, html: bool = False) -> pd.DataF
             "a new item needs at least one attribute; known are"
             f" {', '.join(a.name for a in schema if not a.from_train)}"
         )
-    empty = lambda a: (
-        []
-        if a.type == "category"
-        else 0.0
-        if a.source == "train:count"
-        else np.nan
-        if a.type == "number"
-        else None
-    )
+
+    def empty(a):
+        return (
+            []
+            if a.type == "category"
+            else 0.0
+            if a.source == "train:count"
+            else np.nan
+            if a.type == "number"
+            else None
+        )
+
     return pd.DataFrame(
         {
             a.name: pd.Series([row.get(a.name, empty(a))], dtype=float if a.type == "number" else object)
@@ -203,7 +206,10 @@ def standardise(tables: Mapping[str, np.ndarray], store: Path) -> dict[str, Tens
 # %% ../nbs/17_newcomer.ipynb #cell-018
 def one_item(c: Catalogue, tables: dict[str, Tensor], laid: dict[str, Tensor]) -> Catalogue:
     "The item's triplets beside the catalogue's names and types; its id is masked, as every cold item's is."
-    more = lambda x, last: torch.cat([x, torch.tensor([[last]], dtype=x.dtype)], 1)
+
+    def more(x, last):
+        return torch.cat([x, torch.tensor([[last]], dtype=x.dtype)], 1)
+
     slot = (
         more(laid["attr"], c.id_attr),
         more(laid["value"], sum(map(len, tables.values()))),

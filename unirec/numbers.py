@@ -97,7 +97,10 @@ def probes(
     at_train, at_test, at_outside = (np.asarray(code(x), float) for x in (train, test, outside))
     rank = ridge(at_train, train.argsort().argsort() / len(train))
     std = np.where(at_train.std(0) < 1e-6, 1.0, at_train.std(0))
-    draw = lambda n: rng.integers(n, size=(2, pairs))
+
+    def draw(n):
+        return rng.integers(n, size=(2, pairs))
+
     (i, j), (k, l) = draw(len(train)), draw(len(test))
     total = ridge(at_train[i] + at_train[j], log(train[i]) + log(train[j]))
     truth = log(test[k]) + log(test[l])

@@ -344,11 +344,14 @@ def ready(root: Path, params: Mapping, dataset: str) -> bool:
         root / "experiments/cache/raw" / dataset,
     )
     block = params["sets"][dataset]
-    there = lambda: (
-        (prepared / "train.parquet").exists()
-        and (store / "manifest.json").exists()
-        and made_from(prepared, block) is not False
-    )
+
+    def there():
+        return (
+            (prepared / "train.parquet").exists()
+            and (store / "manifest.json").exists()
+            and made_from(prepared, block) is not False
+        )
+
     spec = SetSpec.from_params(dataset, params["sets"][dataset])
     if there():
         return True

@@ -132,7 +132,10 @@ class Run:
 # %% ../nbs/17_pipeline.ipynb #cell-011
 def revision() -> str | None:
     "The git revision, with `-dirty` where the sources have changed since; None where there is no git."
-    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True)
+
+    def git(*a):
+        return subprocess.run(["git", *a], capture_output=True, text=True)
+
     head = git("rev-parse", "HEAD")
     if head.returncode:
         return None

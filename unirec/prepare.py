@@ -444,7 +444,10 @@ ROWS = 1 << 20  # rows that are written at a time: parquet's usual row group
 def write_part(part: pd.DataFrame, review: pd.Series, path: Path) -> None:
     "One part with its review texts as parquet, some rows at a time, byte for byte what `to_parquet` writes at once."
     rows, part = part.row.to_numpy(), part.drop(columns="row")
-    some = lambda a, b: part.iloc[a:b].assign(review=review.array.take(rows[a:b]))
+
+    def some(a, b):
+        return part.iloc[a:b].assign(review=review.array.take(rows[a:b]))
+
     schema = pa.Schema.from_pandas(some(0, 0).assign(review=review.iloc[:0]).reset_index(drop=True))
     about = json.loads(schema.metadata[b"pandas"])
     about["index_columns"][0]["stop"] = len(part)

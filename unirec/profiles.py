@@ -387,7 +387,10 @@ def run(args: argparse.Namespace, further: Sequence[str]) -> int:  # exit code o
         "--set",
     )
     folder = (args.folder or root / "runs" / name).resolve()
-    say = lambda text: print(text, file=sys.stderr, flush=True)
+
+    def say(text):
+        return print(text, file=sys.stderr, flush=True)
+
     if told := warning(profile, machine, root / "profiles" / "dry_run.json"):
         say(told)
     params = with_weights(profile, params, folder, (root / "params.yaml").read_text().splitlines())

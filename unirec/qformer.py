@@ -74,7 +74,9 @@ class Attention(nn.Module):
         # gets the attention weights (B, H, Q, T), zero where nothing may be read
         maps: list | None = None,
     ) -> Tensor:  # (B, Q, D)
-        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D/H)
+        def split(t):
+            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D/H)
+
         (b, t, m), (n, d), h = memory.shape, x.shape[1:], self.heads
         attend, empty = mask, None
         if mask is not None:

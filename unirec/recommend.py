@@ -237,9 +237,10 @@ def needed(root: Path, dataset: str, model: str) -> None:
 def in_place(root: Path, dataset: str) -> tuple[list[str], np.ndarray]:  # (U,) user ids, (U,) test items
     "The users and what they chose next; raises ValueError that names a table whose rows are not those that `prepare` wrote."
     path = {n: root / "prepared" / dataset / f"{n}.parquet" for n in ("items", *TABLES)}
-    read = lambda n, columns: opened(
-        path[n], "prepare", dataset, lambda p: pd.read_parquet(p, columns=columns)
-    )
+
+    def read(n, columns):
+        return opened(path[n], "prepare", dataset, lambda p: pd.read_parquet(p, columns=columns))
+
     again = f"make it again: `dvc repro prepare@{dataset}`"
     ids, users, told = (
         read("items", ["item_id"]).item_id,

@@ -170,7 +170,10 @@ def one_by_one(
         torch.cat([llm.prompt, e[: n * llm.each], b[0]])
         for e, b, n in zip(events, branches, lengths.tolist(), strict=True)
     ]
-    padded = lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+
+    def padded(rows):
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+
     x, there = (
         padded(prompts),
         padded([torch.ones(len(t), dtype=torch.long, device=t.device) for t in prompts]),

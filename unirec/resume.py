@@ -103,7 +103,10 @@ def restore_state(
     tensors: dict[str, Tensor], model: nn.Module, optimiser: torch.optim.Optimizer
 ) -> dict[str, Tensor] | None:
     "Put a state's weights, moments and random numbers back; returns the best weights so far."
-    part = lambda prefix: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    def part(prefix):
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
     own, slots = part("model."), {}
     if own.keys() != snapshot(model).keys():
         raise ValueError("the state belongs to a model with other parameters, although its key fits")

@@ -24,12 +24,16 @@ __all__ = [
 ]
 
 # %% ../nbs/01_sample.ipynb #cell-002
-import hashlib, io, json, zipfile
+import hashlib
+import io
+import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from PIL import Image, ImageChops, ImageDraw
 
 from unirec.marketplace import (
@@ -41,7 +45,6 @@ from unirec.marketplace import (
     SIZES,
     STYLES,
     SampleConfig,
-    World,
     oracle,
     simulate,
     streams,

@@ -285,7 +285,10 @@ def _train_sequence(
     "Next-item training with early stop on the full-catalogue MRR of valid."
     scorer = SequenceScorer(model, config.length)
     batches = window_batches(train, config.length, config.batch, config.steps, fit_config.seed)
-    validate = lambda trained: summarise(full_ranks(scorer, train, targets))
+
+    def validate(trained):
+        return summarise(full_ranks(scorer, train, targets))
+
     scorer.log = fit(
         model, batches, partial(next_item_cross_entropy, seen=config.seen), validate, fit_config, desc=desc
     )

@@ -19,6 +19,7 @@ __all__ = [
 
 # %% ../nbs/12_significance.ipynb #cell-002
 from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from scipy import stats

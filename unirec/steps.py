@@ -240,9 +240,12 @@ def llm_share(model: UniRec, h: Histories, targets: np.ndarray) -> dict:
         )
         pooled, spoken = model.parts(tokens, batch, vectors=vectors)
         spoken = torch.zeros_like(pooled) if spoken is None else spoken
-        rank = lambda query: expected_ranks(
-            model.scores(F.normalize(query, dim=-1), vectors, batch)[:, 0], targets[users], hidden
-        )
+
+        def rank(query):
+            return expected_ranks(
+                model.scores(F.normalize(query, dim=-1), vectors, batch)[:, 0], targets[users], hidden
+            )
+
         share = spoken.norm(dim=-1) / (pooled.norm(dim=-1) + spoken.norm(dim=-1))
         found.append((rank(spoken if alone else pooled + spoken), rank(pooled), share[:, 0].cpu().numpy()))
     whole, without, share = (np.concatenate(x) for x in zip(*found))
@@ -477,7 +480,10 @@ def toy(root: Path, upto: str = "evaluate", dataset: str = "toy") -> dict:
     "Run the steps on the toy in a folder, up to and including one of them; returns the parameters."
     params = toy_params()
     spec = SetSpec.from_params(dataset, params["sets"][dataset])
-    at = lambda *p: Path(root).joinpath(p[0], dataset, *p[1:])
+
+    def at(*p):
+        return Path(root).joinpath(p[0], dataset, *p[1:])
+
     steps = {
         "download": lambda: download(spec, at("data")),
         "prepare": lambda: prepare(

@@ -327,8 +327,11 @@ def texts_of(schema: Schema, reviews: list[str | None], encoders: dict[str, Call
         "names": [a.label for a in schema] + ["item id"],
         "types": [TYPES[a.type] for a in schema] + [TYPES["id"]],
     }
+
     # where a model has another instruction for what users say
-    who = lambda n: encoders.get("review", encoders["text"]) if n == "reviews" else encoders["text"]
+    def who(n):
+        return encoders.get("review", encoders["text"]) if n == "reviews" else encoders["text"]
+
     return {"review_rows": torch.as_tensor(event_rows)} | {
         n: torch.as_tensor(ask(who(n), values)) for n, values in of.items()
     }
@@ -412,11 +415,17 @@ def load_catalogue(folder: Path, items: pd.DataFrame, schema: Schema) -> tuple[C
     }
     n, id_attr = len(items), len(schema)
     first_id = sum(len(v) for v in tables.values())
-    column = lambda x: torch.as_tensor(x)[:, None]
+
+    def column(x):
+        return torch.as_tensor(x)[:, None]
+
     reviews = t["reviews"]
     if len(reviews):
         reviews = (reviews - reviews.mean(0)) / reviews.std(0, correction=0).clamp_min(1e-6)
-    unit = lambda x: x * x.shape[1] ** 0.5  # length 1 -> about 1 a dimension
+
+    def unit(x):
+        return x * x.shape[1] ** 0.5  # length 1 -> about 1 a dimension
+
     encoder = torch.tensor([TABLES.index(ENCODER_OF[a.type]) for a in schema] + [len(TABLES)])
     return (
         Catalogue(

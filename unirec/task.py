@@ -402,19 +402,21 @@ def train(
         average,
     )
     events = Events.of(data.train)
-    epoch_batches = lambda e: [
-        b | {"tokens": model.count_tokens(b)}
-        for b in training_batches(
-            data.train,
-            events,
-            encoder.history,
-            batches["positions"],
-            batches["size"],
-            fit_config.seed,
-            e,
-            batches["steps"],
-        )[: batches.get("most") or None]
-    ]
+
+    def epoch_batches(e):
+        return [
+            b | {"tokens": model.count_tokens(b)}
+            for b in training_batches(
+                data.train,
+                events,
+                encoder.history,
+                batches["positions"],
+                batches["size"],
+                fit_config.seed,
+                e,
+                batches["steps"],
+            )[: batches.get("most") or None]
+        ]
 
     def validate(m: Objective) -> dict:
         with m.settled() as ready:

@@ -301,7 +301,10 @@ def fitted(
 ) -> TitleScorer:
     "Train with early stop on the full-catalogue MRR of valid users."
     scorer, (known, users) = TitleScorer(model), some_users(train, model.config.valid_users, fit_config.seed)
-    validate = lambda trained: summarise(full_ranks(scorer, known, np.asarray(targets)[users]))
+
+    def validate(trained):
+        return summarise(full_ranks(scorer, known, np.asarray(targets)[users]))
+
     groups = {"body.": {"lr": model.config.lora_lr}} if model.config.llm.adapt == "lora" else None
     scorer.log = fit(
         model, batches, loss_fn, validate, fit_config, groups, desc, count_start=desc == "text_llm"
@@ -410,9 +413,10 @@ def text_llm(
     config, fit_config = config or TextLLMConfig(), fit_config or FitConfig(epochs=6, lr=1e-3)
     torch.manual_seed(fit_config.seed)
     model = TextLLM(titles, vectors, config)
-    batches = lambda tokens, seed: title_batches(
-        train, model.titles, replace(config, epoch_tokens=tokens), seed
-    )
+
+    def batches(tokens, seed):
+        return title_batches(train, model.titles, replace(config, epoch_tokens=tokens), seed)
+
     if config.probe_steps:
         probe(model, batches(config.probe_tokens, fit_config.seed)(0), config.probe_steps, fit_config.lr)
     return fitted(

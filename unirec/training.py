@@ -348,7 +348,10 @@ def fit(
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    say = lambda text: tqdm.write(text, file=sys.stderr) if accelerator.is_main_process else None
+
+    def say(text):
+        return tqdm.write(text, file=sys.stderr) if accelerator.is_main_process else None
+
     found = load_state(state, key, say)
     todo = batches(found[0].epoch if found else 0)
     optimiser = torch.optim.AdamW(parameter_groups(model, config, groups))
@@ -367,9 +370,14 @@ def fit(
             valid["mrr"],
             snapshot(model),
         )
-    keep = lambda: (
-        save_state(state, key, run, model, optimiser, kept) if state and accelerator.is_main_process else None
-    )
+
+    def keep():
+        return (
+            save_state(state, key, run, model, optimiser, kept)
+            if state and accelerator.is_main_process
+            else None
+        )
+
     with tqdm(
         total=run.total,
         initial=run.step,

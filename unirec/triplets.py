@@ -219,7 +219,10 @@ def toy_catalogue(
 ) -> Catalogue:
     "A made-up catalogue with random vectors, for tests and demonstrations only."
     g = torch.Generator().manual_seed(seed)
-    r = lambda *shape: torch.randn(*shape, generator=g)
+
+    def r(*shape):
+        return torch.randn(*shape, generator=g)
+
     tables = {"text": r(n + 3, 8), "image": r(n, 5), "number": r(4, 42)}
     i = torch.arange(n)
     first = {"image": n + 3, "number": 2 * n + 3, "id": 2 * n + 7}

@@ -110,7 +110,10 @@ def tune(
             )
             for number, changes in enumerate(trials_of(params, model)):
                 key = digest(content, model, settings_of(params, model, dataset, changes))
-                mine = lambda rows: (rows.dataset == dataset) & (rows.model == model)
+
+                def mine(rows):
+                    return (rows.dataset == dataset) & (rows.model == model)
+
                 row = read_trials(out).query(
                     "dataset == @dataset and model == @model and trial == @number and key == @key"
                 )
@@ -199,7 +202,10 @@ def chosen(trials: pd.DataFrame) -> dict[str, dict[str, dict]]:  # data set -> m
 # %% ../nbs/18_tuning.ipynb #cell-016
 def write_settings(path: Path, settings: Mapping) -> None:
     "Put the chosen settings of opponents into `compare.settings` of a params.yaml; everything else stays as it is, comments too."
-    flow = lambda v: yaml.safe_dump(v, default_flow_style=True, width=10**6, sort_keys=False).strip()
+
+    def flow(v):
+        return yaml.safe_dump(v, default_flow_style=True, width=10**6, sort_keys=False).strip()
+
     lines = [
         line
         for d, models in settings.items()
