@@ -26,12 +26,12 @@ env:  ## set up the environment, nothing else
 
 repro:  ## raw data to reports/index.html, whatever is not up to date; PROFILE=paper or paper-tiny: in runs/PROFILE
 	@$(SETUP); \
-	if [ "$(PROFILE)" != mini ]; then exec python -m unirec.profiles "$(PROFILE)" $(ARGS); fi; \
+	if [ "$(PROFILE)" != mini ]; then exec python -m unirec.pipeline.profiles "$(PROFILE)" $(ARGS); fi; \
 	$(call SCM,.git); dvc repro $(ARGS); \
 	echo "The page of results: $(CURDIR)/reports/index.html"
 
 verify:  ## are the results of `make repro` the committed ones? (within the tolerance of params.yaml)
-	@$(SETUP); python -m unirec.verify $(ARGS)
+	@$(SETUP); python -m unirec.pipeline.verify $(ARGS)
 
 test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)
@@ -40,13 +40,13 @@ book:  ## the notebooks as a site that needs no network: _book/index.html
 	@NEEDS=book; $(SETUP); python tools/book.py $(ARGS)
 
 tune:  ## tune the opponents on valid within the budget of params.yaml, and write the best settings there (resumes)
-	@$(SETUP); $(VECTORS); python -m unirec.tuning --write $(ARGS)
+	@$(SETUP); $(VECTORS); python -m unirec.experiments.tuning --write $(ARGS)
 
 compare:  ## every model, five seeds, every data set: what has not run yet (a day; resumes), and the table
-	@$(SETUP); $(VECTORS); python -m unirec.comparison $(ARGS)
+	@$(SETUP); $(VECTORS); python -m unirec.experiments.comparison $(ARGS)
 
 carry:  ## keep runs whose code changed and whose ranks did not: one seed of each is run again; of the comparison, or ARGS='--questions experiments/*.yaml'
-	@$(SETUP); python -m unirec.carried $(ARGS)
+	@$(SETUP); python -m unirec.experiments.carried $(ARGS)
 
 experiments:  ## run what the questions in experiments/ have not run yet (hours; resumes), and judge them; ARGS=ask@fusion for one
 	@$(SETUP); $(VECTORS); cd experiments; $(call SCM,../.git); dvc repro $(ARGS)

@@ -15,12 +15,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, memory, say, spread
-from unirec.datasets import SetSpec
-from unirec.encoders import ImageEncoder, TextEncoder, keep_memory, open_picture
-from unirec.files import Contents, Files
-from unirec.schema import Schema
-from unirec.store import build_store, distinct, slots
-from unirec.vectors import hashes
+from unirec.core.device import keep_memory
+from unirec.data.datasets import SetSpec
+from unirec.data.schema import Schema
+from unirec.encoders.cache import hashes
+from unirec.encoders.pictures import Contents, Files
+from unirec.encoders.store import build_store, distinct, slots
+from unirec.encoders.towers import ImageEncoder, TextEncoder, open_picture
 
 PADDED = 512  # tokens of every text of the straight way
 # values that the straight way is timed on: its seconds a value do not depend on their number

@@ -14,12 +14,13 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.growth import catalogue, histories
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
-from unirec.datasets import SetSpec
-from unirec.hierarchy import EncoderConfig, Events, last_batches
-from unirec.metrics import candidate_ranks, expected_ranks, full_ranks, ranks
-from unirec.recommender import LLMConfig, UniRec, pack
-from unirec.splits import Histories
-from unirec.steps import load
+from unirec.data.datasets import SetSpec
+from unirec.data.splits import Histories
+from unirec.encoders.catalogue import load
+from unirec.evaluation.metrics import candidate_ranks, expected_ranks, full_ranks, ranks
+from unirec.model.hierarchy import EncoderConfig, Events, last_batches
+from unirec.model.llm import LLMConfig
+from unirec.model.recommender import UniRec, pack
 
 SIZE = {"users": 20_000, "items": 20_000, "width": 64, "history": 50, "candidates": 100}
 SLOW = 500  # users of the loop over the whole catalogue: its rate does not depend on their number

@@ -19,14 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
-from unirec.datasets import SetSpec
-from unirec.encoders import keep_memory, locate
-from unirec.hierarchy import EncoderConfig, Events, ItemEncoder, training_batches
-from unirec.llm import LORA_MODULES, LLMConfig, cache_folder, load_llm
-from unirec.recommender import UniRec
-from unirec.steps import Data, load
-from unirec.store import Catalogue
-from unirec.task import LossConfig, step_loss
+from unirec.core.device import keep_memory
+from unirec.core.files import locate
+from unirec.data.datasets import SetSpec
+from unirec.encoders.catalogue import Catalogue, Data, load
+from unirec.model.hierarchy import EncoderConfig, Events, ItemEncoder, training_batches
+from unirec.model.llm import LORA_MODULES, LLMConfig, cache_folder, load_llm
+from unirec.model.recommender import UniRec
+from unirec.training.objective import LossConfig, step_loss
 
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -68,7 +68,7 @@ def configs(params: dict, layers: int) -> tuple[EncoderConfig, LLMConfig]:
 
 
 def packed_batches(data: Data, encoder: EncoderConfig, size: int, positions: int) -> list[dict]:
-    "The first batches of an epoch, as `unirec.steps.train` makes them."
+    "The first batches of an epoch, as `unirec.pipeline.stages.train` makes them."
     return training_batches(data.train, Events.of(data.train), encoder.history, positions, size, 0, 0)[:STEPS]
 
 

@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, memory, say
-from unirec.encoders import keep_memory
-from unirec.hierarchy import EncoderConfig, Events, training_batches
-from unirec.recommender import UniRec
-from unirec.splits import Histories
-from unirec.store import Catalogue
-from unirec.task import LossConfig, step_loss
+from unirec.core.device import keep_memory
+from unirec.data.splits import Histories
+from unirec.encoders.catalogue import Catalogue
+from unirec.model.hierarchy import EncoderConfig, Events, training_batches
+from unirec.model.recommender import UniRec
+from unirec.training.objective import LossConfig, step_loss
 
 TEXT, NUMBER = 384, 42  # widths of the mini profile's text vectors and of the Fourier features
 DEFAULTS = {
@@ -100,7 +100,7 @@ def build(case: dict, model: dict, size: int, positions: int, negatives: int) ->
 
     def run() -> None:
         optimiser.zero_grad(set_to_none=True)
-        # as unirec.task.train on a CPU
+        # as unirec.training.objective.train on a CPU
         with sdpa_kernel([SDPBackend.MATH]):
             step_loss(net, batch, loss)["loss"].backward()
         optimiser.step()

@@ -16,9 +16,9 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from unirec.datasets import READERS, SetSpec
-from unirec.prepare import prepare
-from unirec.splits import in_order, k_core, leave_one_out, train_aggregate
+from unirec.data.datasets import READERS, SetSpec
+from unirec.data.prepare import prepare
+from unirec.data.splits import in_order, k_core, leave_one_out, train_aggregate
 
 # the children import this file: what imports torch is imported where it is used, so that torch's memory is
 # not measured

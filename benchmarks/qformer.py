@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from benchmarks.side_by_side import Table, arguments, folder, in_turn, memory, say, spread
-from unirec.encoders import keep_memory
-from unirec.qformer import QFormer, QFormerConfig, load_blip2
+from unirec.core.device import keep_memory
+from unirec.model.qformer import QFormer, QFormerConfig, load_blip2
 
 SHAPE = {"width": 1024, "layers": 12, "heads": 16, "cross_every": 2}  # the released code's
 ATTRIBUTES, QUERIES, MISSING = 14, 4, 0.3

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unirec import vectors
+from unirec.core import device
+from unirec.encoders import cache as vectors
 
 WORDS = [f"word {i % 23} " + "x" * (i % 5) for i in range(40)]
 WIDTH = 8
@@ -47,7 +48,7 @@ class Tower:
 
 
 def kill_at_line(n: int, count: list) -> None:
-    "Kill this process before the n-th line of unirec/vectors.py that it executes; n = 0: count them."
+    "Kill this process before the n-th line of unirec/encoders/cache.py that it executes; n = 0: count them."
 
     def local(frame, event, arg):
         if event == "line":
@@ -141,10 +142,10 @@ def launched(top: Path) -> None:
     "One of several processes (accelerate launch): build a store of the words, the second process being slow to look; print what this one asked."
     import pandas as pd
 
-    from unirec.schema import Schema
-    from unirec.store import build_store
+    from unirec.data.schema import Schema
+    from unirec.encoders.store import build_store
 
-    group = vectors.process_group()
+    group = device.process_group()
     if group.process_index == 1:
         real = vectors.VectorCache.refresh
         vectors.VectorCache.refresh = lambda self: (time.sleep(0.2), real(self))[1]

@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
-from unirec.baselines import itemknn, markov, mean_vectors, popularity
-from unirec.bpr import BPRConfig, bpr
-from unirec.metrics import full_ranks, summarise
-from unirec.sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
-from unirec.splits import Histories
-from unirec.training import FitConfig
+from unirec.baselines.bpr import BPRConfig, bpr
+from unirec.baselines.classic import itemknn, markov, mean_vectors, popularity
+from unirec.baselines.sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
+from unirec.data.splits import Histories
+from unirec.evaluation.metrics import full_ranks, summarise
+from unirec.training.loop import FitConfig
 
 N_USERS, N_GROUPS, SIZE, LENGTH = 120, 5, 12, 12
 N_ITEMS = N_GROUPS * SIZE + 3  # the last three are in nobody's history

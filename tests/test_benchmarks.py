@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks import encode, finetune, growth, prepare, qformer, side_by_side
-from unirec.hierarchy import EncoderConfig, Events, training_batches
-from unirec.recommender import LLMConfig
-from unirec.triplets import toy_catalogue
+from unirec.encoders.catalogue import toy_catalogue
+from unirec.model.hierarchy import EncoderConfig, Events, training_batches
+from unirec.model.llm import LLMConfig
 
 TINY = {"width": 32, "layers": 2, "heads": 2, "cross_every": 2}
 SMALL = {"width": 16, "out": 16, "layers": 1, "heads": 2, "item_tokens": 2, "user_tokens": 2, "history": 8}

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from unirec import cli
-from unirec.datasets import SetSpec
-from unirec.presets import PRESETS
-from unirec.schema import Schema, read_schema
+from unirec.data.datasets import SetSpec
+from unirec.data.presets import PRESETS
+from unirec.data.schema import Schema, read_schema
 
 ITEMS, USERS, LENGTH, DAY = 12, 8, 6, 86_400
 THINGS = pd.DataFrame(

@@ -10,16 +10,20 @@ import pandas as pd
 import pytest
 import yaml
 
-from unirec import comparison, opponents, tuning
-from unirec.fingerprint import sources
-from unirec.significance import compare_models
+from unirec.baselines import registry as opponents
+from unirec.evaluation.significance import compare_models
+from unirec.experiments import comparison, runs, tuning
+from unirec.experiments.fingerprint import sources
+from unirec.model import recommender
+from unirec.pipeline import stages
+from unirec.training import loop
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> tuple[Path, dict]:
     "A toy whose runs are not done."
     root = tmp_path_factory.mktemp("prepared")
-    return root, opponents.toy_comparison(root)
+    return root, runs.toy_comparison(root)
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def write(root: Path, params: dict) -> None:
 
 def counted(monkeypatch) -> list[str]:
     "Names of the models that are trained from now on."
-    names, real = [], comparison.train_baseline
+    names, real = [], opponents.train_baseline
     monkeypatch.setattr(
         comparison, "train_baseline", lambda name, *args: names.append(name) or real(name, *args)
     )
@@ -147,11 +151,11 @@ def test_vectors_matter_to_those_who_read_them(project, monkeypatch):
 
 def test_code_is_that_of_the_model():
     "Each model has its own code, and none but UniRec has the recommender's."
-    code = {name: set(sources(b.parts, stop=["datasets"])) for name, b in opponents.BASELINES.items()}
+    code = {name: set(sources(b.parts, stop=["data.datasets"])) for name, b in opponents.BASELINES.items()}
     assert (
         len(
             {
-                opponents.model_code(n)
+                runs.model_code(n)
                 for n in (
                     "popularity",
                     "markov",
@@ -171,7 +175,7 @@ def test_code_is_that_of_the_model():
     assert not any(
         k.startswith(("recommender.UniRec", "hierarchy.", "task.train")) for n in code for k in code[n]
     )
-    ours = set(sources(["steps.pretrain", "steps.finetune"], stop=["datasets"]))
+    ours = set(sources(["pipeline.stages.pretrain", "pipeline.stages.finetune"], stop=["data.datasets"]))
     assert {
         "recommender.UniRec",
         "hierarchy.UserEncoder",
@@ -231,7 +235,7 @@ def test_what_another_process_is_at_is_passed_by(project, monkeypatch):
         found.keys[False],
     )
     trained = counted(monkeypatch)
-    with comparison.lock(root, f"run-{key}"):
+    with runs.lock(root, f"run-{key}"):
         with_other = comparison.compare(root, protocol="leave_one_out", models=["popularity", "markov"])
     assert with_other == 1 and trained == ["popularity"]
     assert comparison.compare(
@@ -257,7 +261,7 @@ def test_the_budget_is_a_sum(project, monkeypatch):
     params["tune"]["grids"] = {"markov": [{}, {"lags": 2}, {"lags": 3}]}
     params["tune"]["minutes"] = 1
     write(root, params)
-    real = tuning.train_baseline
+    real = opponents.train_baseline
 
     def slow(*args):
         found = real(*args)
@@ -362,7 +366,7 @@ def test_committed_rows_are_used_where_the_data_is_missing(project, capsys):
 
 def test_pictures_that_are_gone_are_an_error_and_not_left_out(project):
     root, params = project
-    params["sets"]["toy"]["schema"]["picture"] = opponents.toy_params()["sets"]["toy"]["schema"]["picture"]
+    params["sets"]["toy"]["schema"]["picture"] = stages.toy_params()["sets"]["toy"]["schema"]["picture"]
     shutil.rmtree(root / "data")
     with pytest.raises(
         FileNotFoundError,
@@ -432,7 +436,7 @@ def test_every_model_can_be_run(root):
     "The blocks of params.yaml name what there is."
     params = yaml.safe_load((root / "params.yaml").read_text())
     c = params["compare"]
-    known = {*opponents.BASELINES, *tuning.MODELS}
+    known = {*opponents.BASELINES, *recommender.MODELS}
     assert (
         set(c["models"]) <= known
         and set(params["tune"]["grids"]) <= known
@@ -443,10 +447,10 @@ def test_every_model_can_be_run(root):
     )
     for dataset in c["datasets"]:
         for model in c["models"]:
-            own = opponents.settings_of(params, model, dataset)
+            own = runs.settings_of(params, model, dataset)
             config = opponents.BASELINES[model].config if model in opponents.BASELINES else None
             if config:
                 config(**own.get("model", {}))
-                opponents.FitConfig(**own.get("fit", {}))
+                loop.FitConfig(**own.get("fit", {}))
     for model in params["tune"]["grids"]:
         tuning.trials_of(params, model)

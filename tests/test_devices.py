@@ -9,14 +9,16 @@ import pretend_device
 import pytest
 import torch
 
-from unirec import steps
-from unirec.datasets import SetSpec
-from unirec.hierarchy import EncoderConfig, Events, training_batches
-from unirec.metrics import ranks
-from unirec.profiles import read_profile
-from unirec.recommender import LLMConfig, UniRec
-from unirec.stand_ins import stand_ins
-from unirec.task import LossConfig, step_loss
+from unirec.data.datasets import SetSpec
+from unirec.encoders import catalogue
+from unirec.evaluation.metrics import ranks
+from unirec.model.hierarchy import EncoderConfig, Events, training_batches
+from unirec.model.llm import LLMConfig
+from unirec.model.recommender import UniRec
+from unirec.pipeline import stages as steps
+from unirec.pipeline.profiles import read_profile
+from unirec.pipeline.random_weights import stand_ins
+from unirec.training.objective import LossConfig, step_loss
 
 AWAY = pretend_device.DEVICE
 
@@ -37,7 +39,7 @@ def toy(toy_project):
     "Folder, parameters and data of the toy run."
     folder, params = toy_project
     spec = SetSpec.from_params("toy", params["sets"]["toy"])
-    return folder, params, steps.load(folder / "prepared" / "toy", folder / "embeddings" / "toy", spec)
+    return folder, params, catalogue.load(folder / "prepared" / "toy", folder / "embeddings" / "toy", spec)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def plain(root, tmp_path_factory, toy):
 def test_ranks_and_losses_of_the_papers_form(toy, plain):
     folder, params, data = toy
     make, settings = plain
-    h, targets, candidates, _ = steps.load_test(folder / "prepared" / "toy", data)
+    h, targets, candidates, _ = catalogue.load_test(folder / "prepared" / "toy", data)
     model = make().eval()
     batch = training_batches(data.train, Events.of(data.train), model.config.history, 4, 8, 0, 0)[0]
 

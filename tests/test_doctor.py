@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from unirec import cli
-from unirec.dry_run import WORDS, four_items, operations_of, run_flops
-from unirec.machine import SHARE, gpu_peaks
-from unirec.profiles import read_profile
+from unirec.core.device import SHARE, gpu_peaks
+from unirec.pipeline.dry_run import WORDS, four_items, operations_of, run_flops
+from unirec.pipeline.profiles import read_profile
 
 FIELDS = {
     "profile",
@@ -230,7 +230,7 @@ def project(root, tmp_path):
     ],
 )
 def test_a_broken_profile_does_not_hide_the_others(project, text, told, capsys, monkeypatch):
-    monkeypatch.setattr("unirec.doctor.at_hand", lambda uri, root: (False, "not looked for"))
+    monkeypatch.setattr("unirec.pipeline.doctor.at_hand", lambda uri, root: (False, "not looked for"))
     (project / "profiles" / "wrong.yaml").write_text(text)
     (project / "profiles" / "gpus.yaml").write_text("")
     assert cli.main(["doctor", "--root", str(project)]) == 0

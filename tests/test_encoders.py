@@ -16,9 +16,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from unirec.encoders import ImageEncoder, TextEncoder
-from unirec.schema import Schema
-from unirec.store import texts_of
+from unirec.data.schema import Schema
+from unirec.encoders.store import texts_of
+from unirec.encoders.towers import ImageEncoder, TextEncoder
 
 TEXTS = [
     "red mug",

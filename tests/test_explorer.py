@@ -5,7 +5,7 @@ import json
 import pytest
 from test_report import INJECTED, SETS, build, files, pages, visit  # noqa: F401  (fixtures)
 
-from unirec.report import build_page
+from unirec.report.report import build_page
 
 
 def chosen(page, name):

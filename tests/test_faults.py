@@ -21,16 +21,20 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from unirec import steps
-from unirec.datasets import SetSpec
-from unirec.encoders import fourier, read_picture
-from unirec.hierarchy import EncoderConfig, Events, last_batches, training_batches
-from unirec.metrics import candidate_ranks, full_ranks, summarise
-from unirec.recommender import LLMConfig, UniRec
-from unirec.schema import Schema
-from unirec.splits import Histories, sample_candidates, windows
-from unirec.store import TABLES, build_store, load_catalogue
-from unirec.triplets import TripletConfig, TripletEncoder, toy_catalogue
+from unirec.data.datasets import SetSpec
+from unirec.data.schema import Schema
+from unirec.data.splits import Histories, sample_candidates, windows
+from unirec.encoders.catalogue import load, load_catalogue, toy_catalogue
+from unirec.encoders.modalities import TABLES
+from unirec.encoders.store import build_store
+from unirec.encoders.towers import fourier, read_picture
+from unirec.evaluation.metrics import candidate_ranks, full_ranks, summarise
+from unirec.model import recommender
+from unirec.model.hierarchy import EncoderConfig, Events, last_batches, training_batches
+from unirec.model.llm import LLMConfig
+from unirec.model.recommender import UniRec
+from unirec.model.triplets import TripletConfig, TripletEncoder
+from unirec.pipeline import stages as steps
 
 DAY = 86_400_000  # ms
 HISTORY = 5  # events that the small model reads
@@ -164,7 +168,9 @@ def train_again(toy_project, folder, seed, tables):
         shutil.copy(project / "prepared" / "toy" / name, folder / "prepared" / name)
     spec = SetSpec.from_params("toy", params["sets"]["toy"])
     steps.pretrain(
-        steps.load(folder / "prepared", project / "embeddings" / "toy", spec), params | {"seed": seed}, folder
+        load(folder / "prepared", project / "embeddings" / "toy", spec),
+        params | {"seed": seed},
+        folder,
     )
     return folder
 
@@ -291,7 +297,7 @@ def test_fault_03_training_needs_no_test_file(toy_project, without_test_file, mo
         pd, "read_parquet", lambda path, *a, **k: opened.append(str(path)) or read(path, *a, **k)
     )
     project, params = toy_project
-    data = steps.load(
+    data = load(
         project / "prepared" / "toy",
         project / "embeddings" / "toy",
         SetSpec.from_params("toy", params["sets"]["toy"]),
@@ -306,12 +312,12 @@ def test_fault_03_training_needs_no_test_file(toy_project, without_test_file, mo
 def test_fault_03_the_best_epoch_is_the_best_on_valid(toy_project, stage):
     "The MRR that chose the saved weights is theirs on the valid items, given train alone."
     project, params = toy_project
-    data = steps.load(
+    data = load(
         project / "prepared" / "toy",
         project / "embeddings" / "toy",
         SetSpec.from_params("toy", params["sets"]["toy"]),
     )
-    for name, use_id in steps.MODELS.items():
+    for name, use_id in recommender.MODELS.items():
         folder = project / "models" / "toy" / stage
         log = json.loads((folder / f"{name}.log.json").read_text())
         llm = LLMConfig(**params["llm"]) if stage == "finetune" else None

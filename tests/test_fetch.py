@@ -26,15 +26,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from unirec import sources
-from unirec.archives import gunzip, unzip
-from unirec.datasets import SetSpec, download
-from unirec.fetch import FetchError, Patience, beside, fetch, fetch_hub, own_trouble, write_json
-from unirec.pictures import Limits, examine, fetch_pictures, packed, picture_urls
-from unirec.prepare import prepare
-from unirec.raw import clean_image
-from unirec.sources import SOURCES, ByHand, RawFile, Source, five_core, get, join_reviews
-from unirec.store import picture_bytes
+from unirec.core.files import beside, gunzip, own_trouble, unzip, write_json
+from unirec.data import sources
+from unirec.data.datasets import SetSpec, download
+from unirec.data.download import FetchError, Patience, fetch, fetch_hub
+from unirec.data.jsonl import clean_image
+from unirec.data.pictures import Limits, examine, fetch_pictures, packed, picture_urls
+from unirec.data.prepare import prepare
+from unirec.data.sources import SOURCES, ByHand, RawFile, Source, five_core, get, join_reviews
+from unirec.encoders.pictures import picture_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 BODY = bytes(range(256)) * 1200
@@ -359,7 +359,7 @@ def test_old_bytes_never_get_a_new_note(server, tmp_path, monkeypatch):
     write_json(
         tmp_path / "f.bin.part.json", {"url": server.url("/f.bin"), "validator": '"v0"', "total": len(BODY)}
     )
-    monkeypatch.setattr("unirec.fetch.write_body", killed)
+    monkeypatch.setattr("unirec.data.download.write_body", killed)
     with pytest.raises(KeyboardInterrupt):
         fetch([server.url("/f.bin")], tmp_path / "f.bin", patience=QUICK)
     monkeypatch.undo()
@@ -482,7 +482,7 @@ def child(code, *args):
 FETCH = """
 import sys, resource
 from pathlib import Path
-from unirec.fetch import Patience, fetch
+from unirec.data.download import Patience, fetch
 if len(sys.argv) > 3: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 fetch([sys.argv[1]], Path(sys.argv[2]), patience=Patience(attempts=3, wait=0.001))
 """
@@ -761,8 +761,8 @@ def test_so_many_pictures_at_a_time(server, tmp_path):
 PICTURES = """
 import json, sys
 from pathlib import Path
-from unirec.fetch import Patience
-from unirec.pictures import fetch_pictures
+from unirec.data.download import Patience
+from unirec.data.pictures import fetch_pictures
 fetch_pictures(json.loads(sys.argv[1]), Path(sys.argv[2]), workers=1, patience=Patience(attempts=2, wait=0.001))
 """
 
@@ -795,7 +795,7 @@ def test_a_full_disk_is_no_fault_of_a_picture(server, tmp_path, monkeypatch):
     def full(part, path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("unirec.pictures.settle", full)
+    monkeypatch.setattr("unirec.data.pictures.settle", full)
     with pytest.raises(OSError, match="free some space"):
         fetch_pictures(shop(server, GOOD), tmp_path / "images.zip", patience=QUICK)
     assert not (tmp_path / "images.zip").exists() and not (tmp_path / "images.zip.failures.json").exists()

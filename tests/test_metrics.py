@@ -15,10 +15,20 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import evaluation, side_by_side
-from unirec import diagnostics, significance, steps, task
-from unirec.breakdowns import by_group, diversity, gini, list_figures, retrieval, target_groups, top_lists
-from unirec.datasets import SetSpec
-from unirec.metrics import (
+from unirec.data.datasets import SetSpec
+from unirec.data.splits import Histories, in_order, last_k, leave_one_out
+from unirec.encoders import catalogue
+from unirec.evaluation import significance
+from unirec.evaluation.breakdowns import (
+    by_group,
+    diversity,
+    gini,
+    list_figures,
+    retrieval,
+    target_groups,
+    top_lists,
+)
+from unirec.evaluation.metrics import (
     candidate_ranks,
     full_ranks,
     last_ranks,
@@ -27,8 +37,9 @@ from unirec.metrics import (
     shuffled_ranks,
     summarise,
 )
-from unirec.significance import bootstrap, compare_models, holm, paired, seeds_and_users
-from unirec.splits import Histories, in_order, last_k, leave_one_out
+from unirec.evaluation.significance import bootstrap, compare_models, holm, paired, seeds_and_users
+from unirec.pipeline import stages as steps
+from unirec.training import objective as task
 
 
 def histories(sequences: list[list[int]], n_items: int) -> Histories:
@@ -271,7 +282,7 @@ def test_last_ranks_sees_what_came_before_and_nothing_else():
 
 
 def former_paired(ours, theirs, draws=2000, seed=0):
-    "As it stood in `unirec.experiments` when the committed summaries were made."
+    "As it stood in `unirec.experiments.runs` when the committed summaries were made."
     d = ours.mean(0) - theirs.mean(0)
     picks = np.random.default_rng(seed).integers(0, len(d), (draws, len(d)))
     low, high = np.quantile(d[picks].mean(1), [0.025, 0.975])
@@ -294,7 +305,7 @@ def test_paired_gives_what_it_gave(users):
     assert {k: new[k] for k in ("difference", "low", "high", "p")} == {
         k: old[k] for k in ("difference", "low", "high", "p")
     } and new["detectable"] == pytest.approx(old["detectable"], rel=1e-12)
-    assert diagnostics.paired_error is significance.paired_error
+    assert significance.paired_error is significance.paired_error
 
 
 def null(rng: np.random.Generator, seeds: int, users: int, seed_sd: float) -> tuple[np.ndarray, np.ndarray]:
@@ -491,8 +502,8 @@ def test_load_needs_no_test_file_and_holds_no_test_event(toy_project, without_te
     project, params = toy_project
     prepared, store = project / "prepared" / "toy", project / "embeddings" / "toy"
     whole, trimmed = (
-        steps.load(prepared, store, spec_of(params)),
-        steps.load(without_test, store, spec_of(params)),
+        catalogue.load(prepared, store, spec_of(params)),
+        catalogue.load(without_test, store, spec_of(params)),
     )
     assert (
         task.data_hash(whole) == task.data_hash(trimmed)
@@ -522,7 +533,7 @@ def test_load_needs_no_test_file_and_holds_no_test_event(toy_project, without_te
     # the toy's test targets are mostly new to their users, so their absence says something
     assert len(fresh) > 0.5 * len(parts["test"])
     with pytest.raises(FileNotFoundError):
-        steps.load_test(without_test, trimmed)
+        catalogue.load_test(without_test, trimmed)
 
 
 def test_nothing_in_the_catalogue_was_counted_over_test_events(toy_project):
@@ -535,7 +546,7 @@ def test_nothing_in_the_catalogue_was_counted_over_test_events(toy_project):
 
 def test_fine_tuning_without_the_test_file_gives_the_same_weights(toy_project, without_test, tmp_path):
     project, params = toy_project
-    data = steps.load(without_test, project / "embeddings" / "toy", spec_of(params))
+    data = catalogue.load(without_test, project / "embeddings" / "toy", spec_of(params))
     steps.finetune(data, params, project / "models" / "toy" / "pretrain", tmp_path, models=("unirec",))
     assert (tmp_path / "unirec.safetensors").read_bytes() == (
         project / "models" / "toy" / "finetune" / "unirec.safetensors"
@@ -566,7 +577,7 @@ def calls(function) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "function", [steps.load, steps.pretrain, steps.finetune, steps.baseline_scorers, task.train]
+    "function", [catalogue.load, steps.pretrain, steps.finetune, steps.baseline_scorers, task.train]
 )
 def test_what_trains_or_chooses_names_no_test_file(function):
     assert not {

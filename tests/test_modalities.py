@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from scipy import signal
 from scipy.io import wavfile
 
-from unirec import steps
-from unirec.datasets import SetSpec, download
-from unirec.hierarchy import EncoderConfig
-from unirec.modalities import TABLES, register_encoder, unregister_encoder
-from unirec.recommender import UniRec
+from unirec.data import prepare
+from unirec.data.datasets import SetSpec, download
+from unirec.encoders import catalogue
+from unirec.encoders.modalities import TABLES, register_encoder, unregister_encoder
+from unirec.model.hierarchy import EncoderConfig
+from unirec.model.recommender import UniRec
+from unirec.pipeline import stages as steps
 
 RATE, BANDS = 8_000, 16  # samples a second, mel bands
 
@@ -83,9 +85,9 @@ def shop(tmp_path_factory):
             record["sound"] = f"sounds/{i}.wav"
             (raw / record["sound"]).write_bytes(b"no sound" if i == 1 else wav(200 + 50 * (i % 20)))
         (raw / "meta_Sample.jsonl").write_text("\n".join(map(json.dumps, meta)))
-        steps.prepare(raw, spec, root / "prepared", 20)
+        prepare.prepare(raw, spec, root / "prepared", 20)
         manifest = steps.embed(root / "prepared", raw, spec, params["encode"], root / "embeddings" / "toy")
-        data = steps.load(root / "prepared", root / "embeddings" / "toy", spec)
+        data = catalogue.load(root / "prepared", root / "embeddings" / "toy", spec)
         params["pretrain"]["fit"]["epochs"] = 1
         logs = steps.pretrain(data, params, root / "models", models=("unirec",))
         yield root, raw, spec, params, manifest, data, logs
@@ -156,7 +158,7 @@ def test_a_store_from_before_the_registration_is_read(toy_project):
     spec = SetSpec.from_params("toy", params["sets"]["toy"])
 
     def load():
-        return steps.load(project / "prepared" / "toy", project / "embeddings" / "toy", spec).catalogue
+        return catalogue.load(project / "prepared" / "toy", project / "embeddings" / "toy", spec).catalogue
 
     before = load()
     register_encoder("smell", "smell", make)

@@ -14,11 +14,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from unirec.llm import LORA_MODULES
-from unirec.machine import Machine
-from unirec.pipeline import STAGES
-from unirec.profiles import main, read_profile
-from unirec.stand_ins import stand_ins
+from unirec.core.device import Machine
+from unirec.model.llm import LORA_MODULES
+from unirec.pipeline.profiles import main, read_profile
+from unirec.pipeline.random_weights import stand_ins
+from unirec.pipeline.runner import STAGES
 
 DATASET, LIMIT = "sample", 1800  # seconds: only against hanging
 MODELS = {"unirec", "unirec_id", "popularity", "markov", "itemknn", "mean_vectors", "sasrec"}
@@ -50,7 +50,7 @@ def repro(root: Path, folder: Path, *words: str) -> str:
     command = [
         sys.executable,
         "-m",
-        "unirec.profiles",
+        "unirec.pipeline.profiles",
         "paper-tiny",
         "--root",
         str(root),
@@ -171,7 +171,7 @@ def test_the_vectors_are_those_of_the_towers(tiny):
         AutoModel.from_pretrained(at, dtype=torch.float32).eval(),
     )
     assert type(model).__name__ == "Qwen3Model"
-    from unirec.encoders import TextEncoder
+    from unirec.encoders.towers import TextEncoder
 
     encoder = TextEncoder(str(at), pooling=params["encode"]["pooling"]).with_instruction(
         params["encode"]["query_instruction"]
@@ -333,7 +333,9 @@ def test_a_wrong_profile_is_one_line(root, tmp_path, capsys, text, told):
 
 def test_make_knows_the_profiles(root):
     made = (root / "Makefile").read_text()
-    assert 'exec python -m unirec.profiles "$(PROFILE)" $(ARGS)' in made and "not there yet" not in made
+    assert (
+        'exec python -m unirec.pipeline.profiles "$(PROFILE)" $(ARGS)' in made and "not there yet" not in made
+    )
     assert (
         "/runs" in (root / ".gitignore").read_text().split()
         and "/runs" in (root / ".dvcignore").read_text().split()

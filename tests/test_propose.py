@@ -10,10 +10,19 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unirec.datasets import READERS, SetSpec
-from unirec.propose import LIMITS, as_yaml, columns, guess, guess_number, propose, propose_file, read_records
-from unirec.raw import clean, dig
-from unirec.schema import Attribute, Schema, read_schema
+from unirec.data.datasets import READERS, SetSpec
+from unirec.data.jsonl import clean, dig
+from unirec.data.propose import (
+    LIMITS,
+    as_yaml,
+    columns,
+    guess,
+    guess_number,
+    propose,
+    propose_file,
+    read_records,
+)
+from unirec.data.schema import Attribute, Schema, read_schema
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 VALUES = [

@@ -13,10 +13,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from unirec import answers, claims, questions, verdicts
-from unirec.claims import Question, jobs, planned, settings, with_sets
-from unirec.opponents import toy_comparison
-from unirec.verdicts import claim_word, judge, made_up, pairs
+from unirec.data.download import judge as verdicts
+from unirec.experiments import plan as claims
+from unirec.experiments import questions
+from unirec.experiments.judge import claim_word, judge, made_up, pairs
+from unirec.experiments.plan import Question, jobs, planned, settings, with_sets
+from unirec.experiments.runs import toy_comparison
+from unirec.report import answers
 
 NAMES = [
     "carried_over",
@@ -167,7 +170,7 @@ def test_dvc_keeps_the_two_projects_apart(root, tmp_path):
         dvc("stage", "list", "--name-only", cwd=tmp_path / "experiments"),
     )
     assert "evaluate" in outer and "ask" not in outer and "ask@fusion" in inner
-    assert "unirec.questions experiments/fusion.yaml" in dvc(
+    assert "unirec.experiments.questions experiments/fusion.yaml" in dvc(
         "repro", "--dry", "ask@fusion", cwd=tmp_path / "experiments"
     )
 
@@ -333,7 +336,7 @@ def test_a_claim_that_holds_in_a_null_world_is_an_alarm():
 
 def texts(root: Path, name: str) -> str:
     "All that an executed notebook shows as Markdown."
-    cells = json.loads(next((root / "nbs/experiments").glob(f"1?_{name}.ipynb")).read_text())["cells"]
+    cells = json.loads(next((root / "nbs/results").glob(f"1?_{name}.ipynb")).read_text())["cells"]
     return "\n".join(
         "".join(o["data"]["text/markdown"])
         for c in cells

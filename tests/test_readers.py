@@ -21,15 +21,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unirec import prepare as preparing
-from unirec.columns import Columns, item_batches
-from unirec.datasets import READERS, SetSpec
-from unirec.prepare import candidate_chunks, check_aggregates, check_candidates, check_parts, indexed, prepare
-from unirec.raw import blocks, clean, from_json, lines, milliseconds
-from unirec.reviews import as_events, fast, review_batches
-from unirec.schema import Attribute, Schema
-from unirec.splits import in_order, k_core, leave_one_out, sample_candidates, train_aggregate
-from unirec.tables import grouped, item_sources, items_table
+from unirec.data import prepare as preparing
+from unirec.data.columns import Columns, item_batches
+from unirec.data.datasets import READERS, SetSpec
+from unirec.data.jsonl import blocks, clean, from_json, lines, milliseconds
+from unirec.data.prepare import (
+    candidate_chunks,
+    check_aggregates,
+    check_candidates,
+    check_parts,
+    indexed,
+    prepare,
+)
+from unirec.data.reviews import as_events, fast, review_batches
+from unirec.data.schema import Attribute, Schema
+from unirec.data.splits import in_order, k_core, leave_one_out, sample_candidates, train_aggregate
+from unirec.data.values import grouped, item_sources, items_table
 
 DAY, NOW = 86_400_000, 1_600_000_000_000  # ms
 FIELDS = {
@@ -1200,7 +1207,7 @@ def peak_of(read) -> int:
 @pytest.mark.parametrize("form", ["inter", "csv", "jsonl", "parquet"])
 def test_rows_of_a_table_pass_by(form, tmp_path, monkeypatch):
     "Six times the rows take no more memory where nothing more is kept."
-    monkeypatch.setattr("unirec.streams.ROWS", 1000)
+    monkeypatch.setattr("unirec.data.formats.ROWS", 1000)
     monkeypatch.setattr(grouped, "__defaults__", (1000,))
     for function in (blocks, lines):
         monkeypatch.setattr(function, "__defaults__", (1 << 14,))
@@ -1362,7 +1369,7 @@ def test_a_run_that_is_killed_half_way_leaves_nothing_that_looks_whole(shop, ste
     code = f"""
 import os, sys
 sys.path[:0] = {[str(Path(preparing.__file__).parent.parent), str(Path(__file__).parent)]!r}
-import test_readers as t, unirec.prepare as p
+import test_readers as t, unirec.data.prepare as p
 from pathlib import Path
 p.{step} = lambda *a: os._exit(9)
 p.prepare(Path({str(folder / "raw")!r}), t.spec("table", t.COUNTED, k_core_users=3), Path({str(folder / "out")!r}), 3)
@@ -1377,7 +1384,7 @@ p.prepare(Path({str(folder / "raw")!r}), t.spec("table", t.COUNTED, k_core_users
 LIMITED = """
 import resource, sys
 sys.path[:0] = sys.argv[1:3]
-import test_readers as t, unirec.prepare as p
+import test_readers as t, unirec.data.prepare as p
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[5]),) * 2)
 p.prepare(Path(sys.argv[3]), t.spec("table", t.COUNTED, k_core_users=3), Path(sys.argv[4]), 3)
@@ -1487,7 +1494,7 @@ def test_tables_without_a_leak_pass():
 )
 def test_a_planted_leak_is_caught(leak):
     rows, parts, made, lists, check = planted()
-    train, valid, test = parts["train"], parts["valid"], parts["test"]
+    train, test = parts["train"], parts["test"]
     if leak == "the target is in what precedes it":
         with pytest.raises(ValueError, match="leak: user 0 has an event of valid before one of train"):
             check(parts | {"train": pd.concat([train, test[:1]]), "test": test[1:]})

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from unirec import cli
-from unirec.metrics import full_ranks
-from unirec.pipeline import stage_params
-from unirec.recommend import COUNTING, Recommender, same_settings
-from unirec.steps import MODELS
+from unirec.evaluation.metrics import full_ranks
+from unirec.model.recommender import MODELS
+from unirec.pipeline.recommend import COUNTING, Recommender, same_settings
+from unirec.pipeline.runner import stage_params
 
 
 @pytest.fixture(scope="module", params=["unirec", "unirec_id"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unirec.datasets import SetSpec, download
-from unirec.prepare import prepare
+from unirec.data.datasets import SetSpec, download
+from unirec.data.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())

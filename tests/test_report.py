@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from unirec import standing
-from unirec.report import build_page, comparison_table, markdown_table
+from unirec.report import tables as standing
+from unirec.report.report import build_page, comparison_table, markdown_table
 
 INJECTED = (
     "<script>window.taken = true; document.title = 'taken'</script><img src=x onerror='window.taken = true'>"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from unirec.prepare import once
-from unirec.splits import (
+from unirec.data.prepare import once
+from unirec.data.splits import (
     by_time,
     cut_times,
     in_order,
@@ -107,7 +107,7 @@ def test_without_ties_by_time_is_the_ratio_split(n, seed, shares):
 
 @given(table=events())
 def test_item_aggregates_of_a_time_split_end_at_the_cut(table):
-    from unirec.splits import train_aggregate
+    from unirec.data.splits import train_aggregate
 
     try:
         parts = by_time(in_order(table.assign(rating=4.0)))

@@ -5,10 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from unirec.llm import LLMConfig, load_llm
-from unirec.released import Released, ReleasedConfig, released_batches, released_loss
-from unirec.splits import Histories
-from unirec.text_llm import (
+from unirec.baselines.official_code import Released, ReleasedConfig, released_batches, released_loss
+from unirec.baselines.titles import (
     TextLLM,
     TextLLMConfig,
     TitleScorer,
@@ -20,7 +18,9 @@ from unirec.text_llm import (
     title_batches,
     title_tokens,
 )
-from unirec.triplets import toy_catalogue
+from unirec.data.splits import Histories
+from unirec.encoders.catalogue import toy_catalogue
+from unirec.model.llm import LLMConfig, load_llm
 
 LLM = {"layers": 1, "dropout": 0.0, "dtype": "float32"}  # exact to rounding, which bfloat16 is not
 NAMES = [

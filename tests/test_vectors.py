@@ -16,9 +16,10 @@ from cache_toy import WORDS, Tower, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unirec.schema import Schema
-from unirec.store import build_store, load_catalogue
-from unirec.vectors import Cached, VectorCache, hashes, merge
+from unirec.data.schema import Schema
+from unirec.encoders.cache import Cached, VectorCache, hashes, merge
+from unirec.encoders.catalogue import load_catalogue
+from unirec.encoders.store import build_store
 
 SCRIPT = Path(cache_toy.__file__)
 DISTINCT = len(set(WORDS))

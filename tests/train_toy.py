@@ -19,13 +19,14 @@ import torch._dynamo  # noqa: F401  the optimiser imports it
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unirec import resume, training  # noqa: E402
-from unirec.hierarchy import EncoderConfig, Events, Reconstruction, training_batches
-from unirec.metrics import full_ranks, summarise
-from unirec.objectives import info_nce
-from unirec.recommender import UniRec
-from unirec.splits import Histories
-from unirec.triplets import toy_catalogue
+from unirec.data.download import resume
+from unirec.data.splits import Histories
+from unirec.encoders.catalogue import toy_catalogue
+from unirec.evaluation.metrics import full_ranks, summarise
+from unirec.model.hierarchy import EncoderConfig, Events, Reconstruction, training_batches
+from unirec.model.losses import info_nce
+from unirec.model.recommender import UniRec
+from unirec.training import loop as training
 
 HISTORY = 6
 CONFIG = {"epochs": 3, "lr": 3e-3, "patience": 3, "seed": 5}
