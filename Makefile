@@ -3,7 +3,7 @@
 # otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env repro verify test book tune compare carry experiments benchmarks lab readme clean-env
+.PHONY: help env repro verify test export book tune compare carry experiments benchmarks lab readme clean-env
 
 PYTHON ?=
 export PYTHON
@@ -35,6 +35,9 @@ verify:  ## are the results of `make repro` the committed ones? (within the tole
 
 test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)
+
+export:  ## write unirec/ from the notebooks: nbdev_export, then ruff format
+	@$(SETUP); python tools/export.py
 
 book:  ## the notebooks as a site that needs no network: _book/index.html
 	@NEEDS=book; $(SETUP); python tools/book.py $(ARGS)

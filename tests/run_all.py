@@ -76,7 +76,7 @@ def check_house(counts: Counter) -> None:
             if (ROOT / name).exists():
                 shutil.copy2(ROOT / name, copy / name)
         for name, command in (
-            ("nbdev_export changes nothing", [tool("nbdev_export")]),
+            ("tools/export.py changes nothing", [sys.executable, "tools/export.py", str(copy)]),
             ("nbdev_clean changes nothing", [tool("nbdev_clean")]),
             ("README.md is what nbs/index.ipynb makes", [sys.executable, "tools/readme.py", str(copy)]),
         ):
