@@ -133,6 +133,99 @@ def test_exported_modules_say_so(root):
         )
 
 
+WINGS = (
+    "core",
+    "data",
+    "encoders",
+    "model",
+    "evaluation",
+    "training",
+    "baselines",
+    "pipeline",
+    "experiments",
+    "report",
+)  # a wing imports itself and those before it
+
+
+def imported_modules(source: str, parts: tuple[str, ...]) -> set[str]:
+    "The modules of the package that a module at `parts` imports anywhere in it, as `wing.module`."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("unirec.") for a in node.names if a.name.startswith("unirec.")}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            base = [*parts[: -node.level], *(node.module or "").split(".")]
+        elif (node.module or "").split(".")[0] == "unirec":
+            base = node.module.split(".")[1:]
+        else:
+            continue
+        base = [part for part in base if part]
+        # `from unirec.data import prepare` names a module, `from unirec.data.prepare import indexed` is in one
+        found |= {".".join([*base, a.name]) for a in node.names} if len(base) < 2 else {".".join(base)}
+    return found
+
+
+def module_imports(root: Path) -> dict[str, set[str]]:
+    "Each module of a wing with the modules of wings that it imports."
+    arrows = {}
+    for path in sorted((root / "unirec").rglob("*.py")):
+        parts = path.relative_to(root / "unirec").with_suffix("").parts
+        if parts[-1] not in ("__init__", "_modidx"):
+            arrows[".".join(parts)] = imported_modules(path.read_text(encoding="utf8"), parts)
+    return arrows
+
+
+@pytest.mark.parametrize(
+    "source, modules",
+    [
+        ("from ..core.files import locate", {"core.files"}),
+        ("from .schema import Schema", {"data.schema"}),
+        ("from unirec.core.files import locate", {"core.files"}),
+        ("from unirec.data import prepare", {"data.prepare"}),
+        ("from .. import cli", {"cli"}),
+        ("def f():\n    from ..model.llm import LLM", {"model.llm"}),
+        ("import unirec.model.llm", {"model.llm"}),
+        ("import numpy\nfrom torch import nn", set()),
+    ],
+)
+def test_imports_of_modules_are_read(source, modules):
+    assert imported_modules(source, ("data", "splits")) == modules
+
+
+def test_wings_import_only_wings_before_them(root):
+    arrows = module_imports(root)
+    assert {name.split(".")[0] for name in arrows if "." in name} == set(WINGS)
+    wrong = []
+    for module, imported in arrows.items():
+        if "." not in module:
+            continue  # the command line stands above all wings
+        rank = WINGS.index(module.split(".")[0])
+        wrong += [
+            f"{module} -> {other}"
+            for other in imported
+            if other.split(".")[0] not in WINGS or WINGS.index(other.split(".")[0]) > rank
+        ]
+    assert not wrong, f"imports against the order of the wings: {wrong}"
+
+
+def test_modules_import_each_other_in_no_circle(root):
+    arrows = module_imports(root)
+    finished: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, f"a circle of imports: {' -> '.join([*path, module])}"
+        if module in finished:
+            return
+        for other in sorted(arrows.get(module, ())):
+            visit(other, [*path, module])
+        finished.add(module)
+
+    for module in arrows:
+        visit(module, [])
+
+
 def dotted(node: ast.AST) -> str:
     "`a.b.c` of a chain of names; what is no name is a question mark."
     if isinstance(node, ast.Name):
