@@ -1,6 +1,6 @@
 # make repro | verify | test | book | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
 # Every job first sets up what it needs (see tools/env.sh): an active environment that has the packages is used as it is,
-# otherwise .venv is made with Python 3.11. Name another Python with PYTHON=/path/to/python3.11.
+# otherwise .venv is made with the newest of Python 3.13, 3.12 and 3.11 that is found. PYTHON=/path/to/python names one.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help env repro verify test export book tune compare carry experiments benchmarks lab readme clean-env

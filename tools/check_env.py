@@ -33,8 +33,8 @@ def missing(lines: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    if sys.version_info[:2] != (3, 11):
-        sys.exit(f"The active environment has Python {sys.version.split()[0]}, not 3.11.")
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        sys.exit(f"The active environment has Python {sys.version.split()[0]}, not 3.11, 3.12 or 3.13.")
     gaps = missing(requirements(Path(__file__).resolve().parent.parent / "requirements", sys.argv[1:]))
     if gaps:
         more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""

@@ -1,21 +1,23 @@
 # Sourced by the Makefile: puts an environment that has everything on PATH.
 # An active environment (venv or conda) that satisfies requirements/ is used as it is, and nothing is installed.
 # Otherwise .venv is made here, once; it is brought up to date only when the requirement files change.
-# PYTHON may name the Python 3.11 to start from; NEEDS=book asks for the packages of requirements/book.txt as well (.venv always has them).
+# PYTHON may name the Python to start from (3.11, 3.12 or 3.13; without it the newest that is found); NEEDS=book asks for the packages of requirements/book.txt as well (.venv always has them).
 
 unirec_fail() { echo "$1" >&2; exit 1; }
 
+unirec_right_python='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+
 unirec_find_python() {
     local name found=""
-    for name in ${PYTHON:-python3.11 python3 python}; do
+    for name in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
         command -v "$name" >/dev/null 2>&1 || continue
-        if "$name" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; then
+        if "$name" -c "$unirec_right_python" >/dev/null 2>&1; then
             command -v "$name"
             return
         fi
         found="$found $name is $("$name" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "not a Python that runs"),"
     done
-    unirec_fail "Python 3.11 is needed:${found:- none of \"${PYTHON:-python3.11 python3 python}\" was found,} please install it or name one: make PYTHON=/path/to/python3.11"
+    unirec_fail "Python 3.11, 3.12 or 3.13 is needed:${found:- none of \"${PYTHON:-python3.13 python3.12 python3.11 python3 python}\" was found,} please install it or name one: make PYTHON=/path/to/python3.12"
 }
 
 unirec_stamp() {  # what the installed state depends on: where it is, and what was asked for
@@ -34,12 +36,12 @@ unirec_make_venv() {
         echo "The .venv was moved here from another folder: it is made anew."
         rm -rf .venv
     fi
-    if ! .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; then
+    if ! .venv/bin/python -c "import pip; $unirec_right_python" >/dev/null 2>&1; then
         python=$(unirec_find_python) || exit 1
         echo "[1/3] making .venv with $python"
         "$python" -m venv --clear .venv || {
             rm -rf .venv
-            unirec_fail "$python cannot make a virtual environment: its venv module is missing (on Debian: apt install python3.11-venv)"
+            unirec_fail "$python cannot make a virtual environment: its venv module is missing (on Debian: apt install python3-venv)"
         }
     fi
     if [ -f .venv/.installed ] && [ "$(cat .venv/.installed)" = "$(unirec_stamp)" ]; then

@@ -53,7 +53,6 @@ from ..pipeline.profiles import merged
 from ..pipeline.recommend import Trained
 from ..pipeline.stages import embed, finetune, pretrain, toy_params
 
-
 # %% ../../nbs/experiments/01_runs.ipynb #cell-007
 # block -> settings that came after the first runs, and what had been done until then
 ADDED = {"model": {"event_layers": 0, "candidate": "head"}}
