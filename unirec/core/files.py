@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "PICTURE_FORMATS",
     "own_trouble",
     "beside",
     "settle",
@@ -161,6 +162,10 @@ def locate(
 
 
 # %% ../../nbs/core/01_files.ipynb #cell-018
+# pictures that Pillow may open, by its names; some of the others start a program
+PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+
+
 def inside(name: str) -> bool:
     "Does a path from data stay in its folder, on every system?"
     path = PurePosixPath(name.replace("\\", "/"))

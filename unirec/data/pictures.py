@@ -39,7 +39,7 @@ from PIL import Image, UnidentifiedImageError
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from ..core.files import beside, inside, own_trouble, settle, write_json
+from ..core.files import PICTURE_FORMATS, beside, inside, own_trouble, settle, write_json
 from .download import FetchError, Patience, bring, discard
 
 
@@ -50,7 +50,7 @@ class Limits:
 
     largest: int = 20 * 10**6  # bytes
     pixels: int = 50 * 10**6  # width x height; a file of few bytes can hold billions
-    formats: tuple[str, ...] = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # as Pillow names them
+    formats: tuple[str, ...] = PICTURE_FORMATS  # as Pillow names them
 
 
 # %% ../../nbs/data/07_pictures.ipynb #cell-007

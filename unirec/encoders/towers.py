@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.device import pick_device, pick_dtype
-from ..data.pictures import Limits
+from ..core.files import PICTURE_FORMATS
 from .weights import Weights, fetch
 
 
@@ -274,8 +274,7 @@ def open_picture(
 ) -> Image.Image:
     "Decode one picture and convert it to RGB; raises ValueError for what is no picture."
     try:
-        # no other: some formats start a program
-        with Image.open(io.BytesIO(data), formats=Limits.formats) as im:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as im:
             if im.width * im.height > limit:
                 raise ValueError(f"{im.width} x {im.height} pixels are more than {limit}")
             return im.convert("RGB")
