@@ -87,12 +87,14 @@ def lacking(
     c: Catalogue,
 ) -> pd.DataFrame:  # (N, attributes and modalities that some items lack and some have) bool
     "Which attributes and which modalities each item lacks; columns `no <attribute>` and `no <modality>`."
-    kind, out = c.encoder[c.attr], {}
+    kind, missing = c.encoder[c.attr], {}
     for a, name in enumerate(c.attributes[:-1]):
-        out[f"no {name}"] = ~(c.mask & (c.attr == a)).any(1)
+        missing[f"no {name}"] = ~(c.mask & (c.attr == a)).any(1)
     for i, name in enumerate(TABLES):
-        out[f"no {name} at all"] = ~(c.mask & (kind == i)).any(1)
-    return pd.DataFrame({name: x.cpu().numpy() for name, x in out.items() if x.any() and not x.all()})
+        missing[f"no {name} at all"] = ~(c.mask & (kind == i)).any(1)
+    columns = {name: x.cpu().numpy() for name, x in missing.items() if x.any() and not x.all()}
+    # where every item has everything there is no column, but still a row for every item
+    return pd.DataFrame(columns, index=range(len(c)))
 
 
 # %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-014

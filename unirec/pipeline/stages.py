@@ -59,16 +59,23 @@ def towers(
 
 # %% ../../nbs/pipeline/01_stages.ipynb #cell-007
 def embed(prepared: Path, raw: Path, spec: SetSpec, encode: Mapping, out: Path) -> dict:
-    "Encode a prepared data set; returns the store's manifest. Reviews of test events are never read."
+    "Encode a prepared data set; returns the store's manifest. Reviews of test events are never read. Raises ValueError where no item has any value."
     items = pd.read_parquet(prepared / "items.parquet")
     parts = [pd.read_parquet(prepared / f"{p}.parquet") for p in ("train", "valid")]
     seen = np.bincount(parts[0].item, minlength=len(items)) > 0
     reviews = [r for p in parts for r in p.review.where(p.review.notna(), None)]
     # beside the stores: DVC empties a stage's outs before it runs
     cache = out.parent / encode["cache"] / out.name if encode.get("cache") else None
-    return build_store(
+    manifest = build_store(
         items, seen, spec.schema, reviews, towers(encode, spec.schema), raw, out, cache, process_group()
     )
+    if not any(manifest["values"].values()):
+        raise ValueError(
+            f"{spec.name}: no item has a value of any attribute ({', '.join(spec.schema.names)}), so a model"
+            " would have nothing to read; quality.json says how many values were found, and"
+            f" sets.{spec.name}.schema which columns they are read from"
+        )
+    return manifest
 
 
 # %% ../../nbs/pipeline/01_stages.ipynb #cell-009
