@@ -12,9 +12,10 @@ import torch.nn.functional as F
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from unirec.data.sets import SetSpec
+
 from benchmarks.growth import catalogue, histories
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
-from unirec.data.datasets import SetSpec
 from unirec.data.splits import Histories
 from unirec.encoders.catalogue import load
 from unirec.evaluation.metrics import candidate_ranks, expected_ranks, full_ranks, ranks

@@ -8,8 +8,8 @@ import pandas as pd
 import pretend_device
 import pytest
 import torch
+from unirec.data.sets import SetSpec
 
-from unirec.data.datasets import SetSpec
 from unirec.encoders import catalogue
 from unirec.evaluation.metrics import ranks
 from unirec.model.hierarchy import EncoderConfig, Events, training_batches

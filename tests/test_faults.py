@@ -20,8 +20,8 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from unirec.data.sets import SetSpec
 
-from unirec.data.datasets import SetSpec
 from unirec.data.schema import Schema
 from unirec.data.splits import Histories, sample_candidates, windows
 from unirec.encoders.catalogue import load, load_catalogue, toy_catalogue

@@ -25,10 +25,11 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from unirec.data.sets import SetSpec
 
 from unirec.core.files import beside, gunzip, own_trouble, unzip, write_json
 from unirec.data import sources
-from unirec.data.datasets import SetSpec, download
+from unirec.data.datasets import download
 from unirec.data.download import FetchError, Patience, fetch, fetch_hub
 from unirec.data.jsonl import clean_image
 from unirec.data.pictures import Limits, examine, fetch_pictures, packed, picture_urls

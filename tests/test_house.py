@@ -162,7 +162,7 @@ def imported_modules(source: str, parts: tuple[str, ...]) -> set[str]:
         else:
             continue
         base = [part for part in base if part]
-        # `from unirec.data import prepare` names a module, `from unirec.data.prepare import indexed` is in one
+        # `from unirec.data import prepare` imports a module, `from unirec.data.prepare import x` a name of it
         found |= {".".join([*base, a.name]) for a in node.names} if len(base) < 2 else {".".join(base)}
     return found
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from unirec.data.readers import READERS
+from unirec.data.sets import SetSpec
 
-from unirec.data.datasets import READERS, SetSpec
 from unirec.data.jsonl import clean, dig
 from unirec.data.propose import (
     LIMITS,

@@ -20,10 +20,11 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from unirec.data.readers import READERS
+from unirec.data.sets import SetSpec
 
 from unirec.data import prepare as preparing
 from unirec.data.columns import Columns, item_batches
-from unirec.data.datasets import READERS, SetSpec
 from unirec.data.jsonl import blocks, clean, from_json, lines, milliseconds
 from unirec.data.prepare import (
     candidate_chunks,

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from unirec.data.sets import SetSpec
 
-from unirec.data.datasets import SetSpec, download
+from unirec.data.datasets import download
 from unirec.data.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent

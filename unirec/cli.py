@@ -32,12 +32,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .core.params import read_yaml
-from .data.datasets import RAW_FILES, READERS, SetSpec
 from .data.prepare import prepare
-from .data.presets import PRESETS, preset, preset_yaml
 from .data.propose import propose_file
 from .data.quality import quality_text
-from .data.schema import one_line, read_schema
+from .data.readers import READERS
+from .data.schema import PRESETS, one_line, preset, preset_yaml, read_schema
+from .data.sets import RAW_FILES, SetSpec
 from .data.splits import SPLITS
 
 

@@ -42,8 +42,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.files import own_trouble
-from .datasets import READERS, SetSpec
+from .readers import READERS
 from .schema import Schema
+from .sets import SetSpec
 from .splits import in_order, split, split_counts, split_hash, train_aggregate
 
 

@@ -7,12 +7,21 @@ __all__ = [
     "TYPES",
     "LARGEST",
     "FIELDS",
+    "AMAZON",
+    "AMAZON_NOTES",
+    "BY_CODE",
+    "YELP",
+    "YELP_NOTES",
+    "PRESETS",
     "register_type",
     "Attribute",
     "Schema",
     "one_line",
     "schema_yaml",
     "read_schema",
+    "Preset",
+    "preset",
+    "preset_yaml",
 ]
 
 # %% ../../nbs/data/01_schema.ipynb #cell-003
@@ -41,7 +50,7 @@ def register_type(
     # a few words; they are embedded by the text encoder as the triplet's type
     description: str,
 ) -> None:
-    "Add a type of value that schemas may use; raises ValueError when the name is taken by another description."
+    "Add a type of value that schemas may use; raises ValueError when its name has another description."
     if TYPES.get(name, description) != description:
         raise ValueError(f"type {name!r} is registered already as {TYPES[name]!r}")
     TYPES[name] = description
@@ -132,7 +141,7 @@ class Schema:
 
     @classmethod
     def from_params(cls, block: Mapping) -> "Schema":  # {name: {type, source, split, scale}}
-        "Read the schema block of a data set in params.yaml; raises ValueError that names the attribute and the field."
+        "Read the schema block of a data set; raises ValueError that names the attribute and the field."
         if not isinstance(block, Mapping) or not block:
             raise ValueError("schema: expected a mapping of attribute names to {type, source}")
         out = []
@@ -189,7 +198,7 @@ def schema_yaml(
 
 # %% ../../nbs/data/01_schema.ipynb #cell-025
 def read_schema(path: Path) -> Schema:
-    "A schema from a YAML file: the block itself, or a file that has it under `schema`; raises ValueError that names the file."
+    "A schema from a YAML file, which is the block or has it under `schema`; errors name the file."
     block = read_yaml(Path(path))
     if isinstance(block.get("schema"), Mapping) and "type" not in block["schema"]:
         block = block["schema"]
@@ -197,3 +206,109 @@ def read_schema(path: Path) -> Schema:
         return Schema.from_params(block)
     except ValueError as error:
         raise ValueError(f"{Path(path).name}: {error}") from None
+
+
+# %% ../../nbs/data/01_schema.ipynb #cell-028
+@dataclass(frozen=True)
+class Preset:
+    "The attributes of one of the paper's data sets."
+
+    title: str  # as a page would call it
+    files: str  # the raw files that the fields are those of
+    source: str  # who says that these are the attributes
+    block: dict[str, dict[str, str]]  # as under sets.<name>.schema in params.yaml
+    notes: dict[str, str]  # attribute -> a comment
+
+    @property
+    def schema(self) -> Schema:
+        "The schema."
+        return Schema.from_params(self.block)
+
+
+# %% ../../nbs/data/01_schema.ipynb #cell-030
+AMAZON = {
+    "title": {"type": "text", "source": "title"},
+    "description": {"type": "text", "source": "description"},
+    "features": {"type": "text", "source": "features"},
+    "main_category": {"type": "category", "source": "main_category"},
+    "store": {"type": "category", "source": "store"},
+    **{
+        name: {"type": "category", "source": f"details.{name.title()}"}
+        for name in ("brand", "style", "color", "size", "material")
+    },
+    "price": {"type": "number", "source": "price", "scale": "log"},
+    "average_rating": {"type": "number", "source": "train:mean_rating"},
+    "rating_number": {"type": "number", "source": "train:count", "scale": "log"},
+    "main_image": {"type": "image", "source": "images"},
+}
+
+# %% ../../nbs/data/01_schema.ipynb #cell-031
+AMAZON_NOTES = {
+    "features": "the bullet points",
+    "brand": "only in details, and not for every product",
+    "price": "US dollars at the time of the crawl",
+    "main_image": "the picture marked MAIN, else the first",
+    "average_rating": "the raw field average_rating knows the future; this one is made from train events",
+    "rating_number": "the raw field rating_number knows the future; this one is made from train events",
+}
+BY_CODE = "the fields that the authors' released code reads (commit facf4bb)"
+
+# %% ../../nbs/data/01_schema.ipynb #cell-033
+YELP = {
+    "name": {"type": "text", "source": "name"},
+    "categories": {"type": "category", "source": "categories", "split": ", "},
+    "city": {"type": "category", "source": "city"},
+    "state": {"type": "category", "source": "state"},
+    "price_range": {"type": "number", "source": "attributes.RestaurantsPriceRange2"},
+    "average_rating": {"type": "number", "source": "train:mean_rating"},
+    "rating_number": {"type": "number", "source": "train:count", "scale": "log"},
+    "photo": {"type": "image", "source": "photo"},
+}
+YELP_NOTES = {
+    "categories": "one text, parted by comma and space",
+    "price_range": "1 to 4, not for every business",
+    "photo": "a path below the raw folder; photos.json says which business a picture shows",
+    "average_rating": "the raw field stars knows the future; this one is made from train events",
+    "rating_number": "the raw field review_count knows the future; this one is made from train events",
+}
+
+# %% ../../nbs/data/01_schema.ipynb #cell-034
+PRESETS = {
+    "beauty": Preset(
+        "Amazon Beauty",
+        "Amazon Reviews 2023: All_Beauty.jsonl, meta_All_Beauty.jsonl",
+        BY_CODE,
+        AMAZON,
+        AMAZON_NOTES,
+    ),
+    "baby": Preset(
+        "Amazon Baby",
+        "Amazon Reviews 2023: Baby_Products.jsonl, meta_Baby_Products.jsonl",
+        f"{BY_CODE}, which it has for Beauty; the paper names no others for Baby",
+        AMAZON,
+        AMAZON_NOTES,
+    ),
+    "yelp": Preset(
+        "Yelp",
+        "Yelp Open Dataset: yelp_academic_dataset_business.json, yelp_academic_dataset_review.json",
+        "our choice; the attributes that the paper used are not known to us",
+        YELP,
+        YELP_NOTES,
+    ),
+}
+
+
+# %% ../../nbs/data/01_schema.ipynb #cell-035
+def preset(name: str) -> Preset:
+    "A preset by name; raises ValueError that lists the names."
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown, use one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def preset_yaml(name: str) -> str:
+    "A preset as YAML to be edited, with its source."
+    found = preset(name)
+    return f"# {found.title}. Raw fields: {found.files}.\n# Attributes: {found.source}.\n" + schema_yaml(
+        found.block, found.notes
+    )

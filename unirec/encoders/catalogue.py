@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..data.datasets import SetSpec
 from ..data.schema import Schema
+from ..data.sets import SetSpec
 from ..data.splits import Histories
 from .modalities import ENCODER_OF, TABLES
 from .pictures import check_together

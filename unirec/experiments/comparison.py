@@ -46,7 +46,7 @@ from filelock import Timeout
 
 from ..baselines.registry import BASELINES, Trained, train_baseline
 from ..core.params import digest
-from ..data.datasets import SetSpec
+from ..data.sets import SetSpec
 from ..data.splits import Histories, last_k, train_aggregate
 from ..encoders.catalogue import Data, load, load_test
 from ..evaluation.metrics import full_ranks, last_ranks, ranks

@@ -45,9 +45,10 @@ from torch import Tensor
 
 from ..baselines.registry import Trained
 from ..core.params import digest, read_yaml
-from ..data.datasets import SetSpec, download
+from ..data.datasets import download
 from ..data.prepare import prepare
 from ..data.schema import TYPES
+from ..data.sets import SetSpec
 from ..encoders.catalogue import Catalogue, Data
 from ..evaluation.diagnostics import schema_confusion
 from .comparison import Loaded, figures, first_times, load_for, rank_table

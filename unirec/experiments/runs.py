@@ -41,8 +41,9 @@ from filelock import FileLock
 from ..baselines.registry import BASELINES
 from ..core.files import locate
 from ..core.params import digest, override
-from ..data.datasets import SetSpec, download
+from ..data.datasets import download
 from ..data.prepare import prepare
+from ..data.sets import SetSpec
 from ..encoders.catalogue import Data
 from ..evaluation.metrics import full_ranks, summarise
 from .fingerprint import code_key

@@ -29,7 +29,7 @@ import yaml
 
 from ..baselines.registry import train_baseline
 from ..core.params import digest
-from ..data.datasets import SetSpec
+from ..data.sets import SetSpec
 from ..encoders.catalogue import Data, load
 from unirec.experiments.runs import (
     command,

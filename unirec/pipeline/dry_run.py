@@ -47,8 +47,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.device import hours, this_machine
 from ..core.memory import peak_memory_mb
 from ..core.params import read_yaml
-from ..data.datasets import SetSpec, download
+from ..data.datasets import download
 from ..data.prepare import prepare
+from ..data.sets import SetSpec
 from ..encoders.catalogue import Data, load
 from ..model.hierarchy import EncoderConfig, Events, training_batches
 from ..model.llm import LLMConfig

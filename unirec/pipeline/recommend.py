@@ -51,7 +51,7 @@ from torch import Tensor
 from ..baselines.classic import itemknn, markov, mean_vectors, popularity
 from ..core.files import file_sha256
 from ..core.params import kind, read_yaml
-from ..data.datasets import SetSpec
+from ..data.sets import SetSpec
 from ..data.splits import Histories, split_hash
 from ..encoders.catalogue import Data, item_vectors, load, one_each
 from ..evaluation.metrics import expected_ranks, history_mask

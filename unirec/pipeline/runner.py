@@ -88,7 +88,7 @@ class Run:
     @property
     def spec(self):
         "The data set's block of parameters; where a stage depends on the schema alone, the rest is read from the prepared copy."
-        from unirec.data.datasets import SetSpec
+        from unirec.data.sets import SetSpec
 
         block = self.params["sets"][self.dataset]
         if "format" not in block:
