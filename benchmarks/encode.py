@@ -14,11 +14,10 @@ import yaml
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unirec.data.sets import SetSpec
-
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, memory, say, spread
 from unirec.core.device import keep_memory
 from unirec.data.schema import Schema
+from unirec.data.sets import SetSpec
 from unirec.encoders.cache import hashes
 from unirec.encoders.pictures import Contents, Files
 from unirec.encoders.store import build_store, distinct, slots

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unirec.data.sets import SetSpec
-
 from benchmarks.growth import catalogue, histories
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
+from unirec.data.sets import SetSpec
 from unirec.data.splits import Histories
 from unirec.encoders.catalogue import load
 from unirec.evaluation.metrics import candidate_ranks, expected_ranks, full_ranks, ranks
-from unirec.model.hierarchy import EncoderConfig, Events, last_batches
+from unirec.model.events import Events, last_batches
+from unirec.model.hierarchy import EncoderConfig
 from unirec.model.llm import LLMConfig
 from unirec.model.recommender import UniRec, pack
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unirec.data.sets import SetSpec
-
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
 from unirec.core.device import keep_memory
 from unirec.core.files import locate
+from unirec.data.sets import SetSpec
 from unirec.encoders.catalogue import Catalogue, Data, load
-from unirec.model.hierarchy import EncoderConfig, Events, ItemEncoder, training_batches
+from unirec.model.events import Events, training_batches
+from unirec.model.hierarchy import EncoderConfig, ItemEncoder
 from unirec.model.llm import LORA_MODULES, LLMConfig, cache_folder, load_llm
 from unirec.model.recommender import UniRec
 from unirec.training.objective import LossConfig, step_loss

@@ -17,7 +17,8 @@ from benchmarks.side_by_side import ROOT, Table, arguments, folder, memory, say
 from unirec.core.device import keep_memory
 from unirec.data.splits import Histories
 from unirec.encoders.catalogue import Catalogue
-from unirec.model.hierarchy import EncoderConfig, Events, training_batches
+from unirec.model.events import Events, training_batches
+from unirec.model.hierarchy import EncoderConfig
 from unirec.model.recommender import UniRec
 from unirec.training.objective import LossConfig, step_loss
 

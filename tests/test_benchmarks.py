@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import encode, finetune, growth, prepare, qformer, side_by_side
 from unirec.encoders.catalogue import toy_catalogue
-from unirec.model.hierarchy import EncoderConfig, Events, training_batches
+from unirec.model.events import Events, training_batches
+from unirec.model.hierarchy import EncoderConfig
 from unirec.model.llm import LLMConfig
 
 TINY = {"width": 32, "layers": 2, "heads": 2, "cross_every": 2}

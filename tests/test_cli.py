@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from unirec.data.sets import SetSpec
 
 from unirec import cli
 from unirec.data.schema import PRESETS, Schema, read_schema
+from unirec.data.sets import SetSpec
 
 ITEMS, USERS, LENGTH, DAY = 12, 8, 6, 86_400
 THINGS = pd.DataFrame(

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from unirec.data.datasets import SetSpec
 from unirec.data.prepare import prepare
+from unirec.data.sets import SetSpec
 from unirec.encoders.catalogue import load, load_test
 from unirec.evaluation.breakdowns import by_group, target_groups
 from unirec.pipeline.stages import embed, evaluate, finetune, pretrain, toy_params

@@ -8,11 +8,12 @@ import pandas as pd
 import pretend_device
 import pytest
 import torch
-from unirec.data.sets import SetSpec
 
+from unirec.data.sets import SetSpec
 from unirec.encoders import catalogue
 from unirec.evaluation.metrics import ranks
-from unirec.model.hierarchy import EncoderConfig, Events, training_batches
+from unirec.model.events import Events, training_batches
+from unirec.model.hierarchy import EncoderConfig
 from unirec.model.llm import LLMConfig
 from unirec.model.recommender import UniRec
 from unirec.pipeline import stages as steps

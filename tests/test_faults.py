@@ -20,9 +20,9 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
-from unirec.data.sets import SetSpec
 
 from unirec.data.schema import Schema
+from unirec.data.sets import SetSpec
 from unirec.data.splits import Histories, sample_candidates, windows
 from unirec.encoders.catalogue import load, load_catalogue, toy_catalogue
 from unirec.encoders.modalities import TABLES
@@ -30,7 +30,8 @@ from unirec.encoders.store import build_store
 from unirec.encoders.towers import fourier, read_picture
 from unirec.evaluation.metrics import candidate_ranks, full_ranks, summarise
 from unirec.model import recommender
-from unirec.model.hierarchy import EncoderConfig, Events, last_batches, training_batches
+from unirec.model.events import Events, last_batches, training_batches
+from unirec.model.hierarchy import EncoderConfig
 from unirec.model.llm import LLMConfig
 from unirec.model.recommender import UniRec
 from unirec.model.triplets import TripletConfig, TripletEncoder

@@ -25,7 +25,6 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
-from unirec.data.sets import SetSpec
 
 from unirec.core.files import beside, gunzip, own_trouble, unzip, write_json
 from unirec.data import sources
@@ -34,6 +33,7 @@ from unirec.data.download import FetchError, Patience, fetch, fetch_hub
 from unirec.data.jsonl import clean_image
 from unirec.data.pictures import Limits, examine, fetch_pictures, packed, picture_urls
 from unirec.data.prepare import prepare
+from unirec.data.sets import SetSpec
 from unirec.data.sources import SOURCES, ByHand, RawFile, Source, five_core, get, join_reviews
 from unirec.encoders.pictures import picture_bytes
 

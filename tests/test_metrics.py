@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from unirec.data.sets import SetSpec
 
 from benchmarks import evaluation, side_by_side
+from unirec.data.sets import SetSpec
 from unirec.data.splits import Histories, in_order, last_k, leave_one_out
 from unirec.encoders import catalogue
 from unirec.evaluation import significance

@@ -9,8 +9,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from unirec.data.readers import READERS
-from unirec.data.sets import SetSpec
 
 from unirec.data.jsonl import clean, dig
 from unirec.data.propose import (
@@ -23,7 +21,9 @@ from unirec.data.propose import (
     propose_file,
     read_records,
 )
+from unirec.data.readers import READERS
 from unirec.data.schema import Attribute, Schema, read_schema
+from unirec.data.sets import SetSpec
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 VALUES = [

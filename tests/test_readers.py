@@ -20,8 +20,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from unirec.data.readers import READERS
-from unirec.data.sets import SetSpec
 
 from unirec.data import prepare as preparing
 from unirec.data.columns import Columns, item_batches
@@ -34,8 +32,10 @@ from unirec.data.prepare import (
     indexed,
     prepare,
 )
+from unirec.data.readers import READERS
 from unirec.data.reviews import as_events, fast, review_batches
 from unirec.data.schema import Attribute, Schema
+from unirec.data.sets import SetSpec
 from unirec.data.splits import in_order, k_core, leave_one_out, sample_candidates, train_aggregate
 from unirec.data.values import grouped, item_sources, items_table
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from unirec.data.sets import SetSpec
 
 from unirec.data.datasets import download
 from unirec.data.prepare import prepare
+from unirec.data.sets import SetSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())

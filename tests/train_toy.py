@@ -23,7 +23,8 @@ from unirec.data.download import resume
 from unirec.data.splits import Histories
 from unirec.encoders.catalogue import toy_catalogue
 from unirec.evaluation.metrics import full_ranks, summarise
-from unirec.model.hierarchy import EncoderConfig, Events, Reconstruction, training_batches
+from unirec.model.events import Events, training_batches
+from unirec.model.hierarchy import EncoderConfig, Reconstruction
 from unirec.model.losses import info_nce
 from unirec.model.recommender import UniRec
 from unirec.training import loop as training

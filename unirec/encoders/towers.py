@@ -6,8 +6,6 @@
 __all__ = [
     "POOLINGS",
     "FREQUENCIES",
-    "DAY",
-    "PERIODS",
     "token_batches",
     "first_and_last",
     "pool",
@@ -20,7 +18,6 @@ __all__ = [
     "decoded",
     "ImageEncoder",
     "fourier",
-    "time_features",
 ]
 
 # %% ../../nbs/encoders/02_towers.ipynb #cell-003
@@ -393,31 +390,3 @@ def fourier(
     return np.concatenate([np.cos(waves), np.sin(waves), x[:, None], np.sign(x)[:, None]], 1).astype(
         np.float32
     )
-
-
-# %% ../../nbs/encoders/02_towers.ipynb #cell-035
-DAY = 86_400_000  # ms
-PERIODS = {"day": 1.0, "week": 7.0, "month": 30.4375, "year": 365.25}  # days
-
-
-# %% ../../nbs/encoders/02_towers.ipynb #cell-036
-def time_features(
-    times: np.ndarray,  # (E,) int64, ms since epoch
-    offsets: np.ndarray,  # (U+1,) user u owns offsets[u]:offsets[u+1]
-) -> np.ndarray:  # (E, 11) float32
-    "Gap to the previous event (log days, and a flag where there is none), decades since 2000, sine and cosine of day, week, month, year."
-    days = times / DAY
-    first = np.zeros(len(times), bool)
-    first[offsets[:-1][np.diff(offsets) > 0]] = True
-    gap = np.where(first, 0.0, np.diff(days, prepend=days[:1]))
-    phase = 2 * np.pi * days[:, None] / np.array(list(PERIODS.values()))
-    return np.concatenate(
-        [
-            np.log1p(np.maximum(gap, 0))[:, None],
-            first[:, None],
-            (days[:, None] / 365.25 - 30) / 10,
-            np.sin(phase),
-            np.cos(phase),
-        ],
-        1,
-    ).astype(np.float32)

@@ -146,7 +146,7 @@ def moved_to(net: UniRec, c: Catalogue) -> UniRec:
     if not len(c.reviews) and net.users.events.review is not None:
         c = replace(c, reviews=torch.zeros(1, net.users.events.review.in_features))
     net.catalogue = replace(c, mask=c.mask & torch.isin(c.encoder[c.attr], torch.tensor(known)))
-    net.items.settle(net.catalogue)
+    net.items.update_centre(net.catalogue)
     return net
 
 
@@ -215,7 +215,7 @@ def tested(
     finally:
         net.catalogue = was
         if "set" in changes:
-            net.items.settle(was)
+            net.items.update_centre(was)
 
 
 # %% ../../nbs/experiments/06_questions.ipynb #cell-020

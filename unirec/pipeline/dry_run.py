@@ -51,7 +51,8 @@ from ..data.datasets import download
 from ..data.prepare import prepare
 from ..data.sets import SetSpec
 from ..encoders.catalogue import Data, load
-from ..model.hierarchy import EncoderConfig, Events, training_batches
+from ..model.events import Events, training_batches
+from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import UniRec
 from .profiles import Profile, check_fields, merged, nested

@@ -56,7 +56,8 @@ from ..data.splits import Histories, split_hash
 from ..encoders.catalogue import Data, item_vectors, load, one_each
 from ..evaluation.metrics import expected_ranks, history_mask
 from ..evaluation.reasons import attention_shares, item_kinds, nearest_events
-from ..model.hierarchy import EncoderConfig, last_batches
+from ..model.events import last_batches
+from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import MODELS, Scorer, UniRec
 from .cold_start import new_catalogue, position, same_towers

@@ -41,7 +41,8 @@ from ..encoders.store import build_store
 from ..evaluation.breakdowns import Watched, by_group, list_figures, modality_retrieval, target_groups
 from ..evaluation.examples import examples
 from ..evaluation.metrics import expected_ranks, history_mask, ranks, summarise
-from ..model.hierarchy import EncoderConfig, Events, last_batches
+from ..model.events import Events, last_batches
+from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import MODELS, UniRec
 from ..training.loop import FitConfig

@@ -35,7 +35,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.device import keep_memory
 from ..encoders.catalogue import item_vectors
 from ..evaluation.metrics import full_ranks, summarise
-from ..model.hierarchy import EncoderConfig, Events, Reconstruction, already_had, training_batches
+from ..model.events import Events, seen_items_mask, training_batches
+from ..model.hierarchy import EncoderConfig, Reconstruction
 from ..model.llm import LLMConfig
 from unirec.model.losses import (
     POSITIVES,
@@ -128,7 +129,9 @@ def next_item_loss(
         tokens = model.items(c, items) if table is None else table[items]
         scored, batch = place[: len(listed)], batch | {"items": place[len(listed) :].view_as(batch["items"])}
     ignore = None if groups is None else false_negatives(groups, targets, items[scored])
-    had = None if config.seen and model.again is None else already_had(batch, len(items))[wanted][:, scored]
+    had = (
+        None if config.seen and model.again is None else seen_items_mask(batch, len(items))[wanted][:, scored]
+    )
     if not config.seen:
         ignore = had if ignore is None else ignore | had
     vectors, bonus = model.items.embed(tokens), None if model.again is None else model.again * had
@@ -299,7 +302,7 @@ class Objective(nn.Module):
         if self.average is not None:
             self.average.swap(self.model)
         if not self.frozen:
-            self.model.items.settle(self.model.catalogue)
+            self.model.items.update_centre(self.model.catalogue)
         try:
             yield self.model
         finally:
