@@ -1,21 +1,22 @@
-# make repro | verify | test | book | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
+# make repro | verify | reference | test | export | book | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
 # Every job first sets up what it needs (see tools/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with the newest of Python 3.13, 3.12 and 3.11 that is found. PYTHON=/path/to/python names one.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env repro verify test export book tune compare carry experiments benchmarks lab readme clean-env
+.PHONY: help env repro verify reference test export book tune compare carry experiments benchmarks lab readme clean-env
 
 PYTHON ?=
 export PYTHON
-PROFILE ?= mini
+# a file in profiles/, without .yaml; empty: the default pipeline, in this folder
+PROFILE ?=
 # further words for `dvc repro`, for example ARGS='finetune@sample'
 ARGS ?=
 
 SETUP = set -eo pipefail; source tools/env.sh
-# DVC asks for git, and is told where there is none (a source archive)
+# experiments/ is a DVC project with git, which DVC has to be told where there is none (a source archive)
 SCM = if [ -e $(1) ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; else dvc config --local core.no_scm true; fi
 # tables and vectors of the sets that the pipeline makes
-VECTORS = $(call SCM,.git); dvc repro $$(python -c 'import yaml; print(*("embed@" + d for d in yaml.safe_load(open("params.yaml"))["datasets"]))')
+VECTORS = dvc repro $$(python -c 'import yaml; print(*("embed@" + d for d in yaml.safe_load(open("params.yaml"))["datasets"]))')
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -26,12 +27,15 @@ env:  ## set up the environment, nothing else
 
 repro:  ## raw data to reports/index.html, whatever is not up to date; PROFILE=paper or paper-tiny: in runs/PROFILE
 	@$(SETUP); \
-	if [ "$(PROFILE)" != mini ]; then exec python -m unirec.pipeline.profiles "$(PROFILE)" $(ARGS); fi; \
-	$(call SCM,.git); dvc repro $(ARGS); \
+	if [ -n "$(PROFILE)" ]; then exec python -m unirec.pipeline.profiles "$(PROFILE)" $(ARGS); fi; \
+	dvc repro $(ARGS); \
 	echo "The page of results: $(CURDIR)/reports/index.html"
 
-verify:  ## are the results of `make repro` the committed ones? (within the tolerance of params.yaml)
-	@$(SETUP); python -m unirec.pipeline.verify $(ARGS)
+verify:  ## compare the results of `make repro` with the committed reference (tolerance: params.yaml)
+	@$(SETUP); python -m unirec.pipeline.verify
+
+reference:  ## make the results of `make repro` the committed reference, results/reference/
+	@$(SETUP); python -m unirec.pipeline.verify --write
 
 test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)
@@ -55,7 +59,7 @@ experiments:  ## run what the questions in experiments/ have not run yet (hours;
 	@$(SETUP); $(VECTORS); cd experiments; $(call SCM,../.git); dvc repro $(ARGS)
 
 benchmarks:  ## measure speed side by side (half an hour, on a quiet machine)
-	@$(SETUP); $(call SCM,.git); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done
+	@$(SETUP); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done
 
 lab:  ## open JupyterLab on the notebooks
 	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs $$root $(ARGS)

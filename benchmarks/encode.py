@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, memory, say, spread
 from unirec.core.device import keep_memory
+from unirec.core.params import read_params
 from unirec.data.schema import Schema
 from unirec.data.sets import SetSpec
 from unirec.encoders.cache import hashes
@@ -318,7 +318,7 @@ def main() -> None:
         help="which of towers, rerun, growth, large",
     )
     args = parser.parse_args()
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = read_params(ROOT)
     sizes, again, most = ((200, 400), 400, 3_000) if args.quick else (SIZES, RERUN, LARGE)
     pairs = args.pairs or (2 if args.quick else 5)
     table = Table(

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.growth import catalogue, histories
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
+from unirec.core.params import read_params
 from unirec.data.sets import SetSpec
 from unirec.data.splits import Histories
 from unirec.encoders.catalogue import load
@@ -324,7 +324,7 @@ def measure(table: Table, size: dict, slow: int, pairs: int, real, repeats: int)
 def main() -> None:
     "Command line."
     args = arguments(__doc__).parse_args()
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = read_params(ROOT)
     size, slow = (SIZE | {"users": 500, "items": 1_000}, 50) if args.quick else (SIZE, SLOW)
     table = Table(
         "evaluation",

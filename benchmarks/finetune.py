@@ -12,7 +12,6 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
 from unirec.core.device import keep_memory
 from unirec.core.files import locate
+from unirec.core.params import read_params
 from unirec.data.sets import SetSpec
 from unirec.encoders.catalogue import Catalogue, Data, load
 from unirec.model.events import Events, training_batches
@@ -47,7 +47,7 @@ STEPS = 2  # batches of ours that one measurement runs; `prefix` runs the same p
 
 def settings() -> dict:
     "params.yaml."
-    return yaml.safe_load((ROOT / "params.yaml").read_text())
+    return read_params(ROOT)
 
 
 def movielens(params: dict) -> Data:

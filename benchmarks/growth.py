@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, memory, say
 from unirec.core.device import keep_memory
+from unirec.core.params import read_params
 from unirec.data.splits import Histories
 from unirec.encoders.catalogue import Catalogue
 from unirec.model.events import Events, training_batches
@@ -177,7 +177,7 @@ def measure(
 def main() -> None:
     "Command line."
     args = arguments(__doc__).parse_args()
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = read_params(ROOT)
     p, axes = (
         params["pretrain"],
         (

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "results" / "benchmarks"
 
 
 def in_turn(
@@ -150,7 +150,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--pairs", type=int, default=None, help="measurements of each side")
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the csv and the json, default benchmarks/results"
+        "--out", type=Path, default=None, help="folder of the csv and the json, default results/benchmarks"
     )
     return parser
 

@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import nbformat
 import pytest
-import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from unirec.core.params import read_params, write_params
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import book  # noqa: E402
@@ -104,17 +105,9 @@ def run_of(dataset: str):
 
 
 def test_executed_notebooks_of_other_sets_stay_out(tmp_path):
-    (tmp_path / "params.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "sets": {
-                    "ours": {"redistributable": True},
-                    "theirs": {"redistributable": False},
-                    "not_run": {"redistributable": True},
-                }
-            }
-        )
-    )
+    shown = {"ours": True, "theirs": False, "not_run": True}
+    sets = {name: {"redistributable": allowed} for name, allowed in shown.items()}
+    write_params(tmp_path, {"seed": 0, "sets": sets})
     for name in ("ours", "theirs", "all"):
         write(tmp_path / "reports" / name / "02_prepare.ipynb", *run_of(name))
     assert book.executed(tmp_path) == {"ours": [tmp_path / "reports" / "ours" / "02_prepare.ipynb"]}
@@ -139,7 +132,7 @@ def test_an_executed_notebook_as_a_page(tmp_path):
 def test_the_site_shows_no_row_of_a_closed_set(root, site):
     import pandas as pd
 
-    sets = yaml.safe_load((root / "params.yaml").read_text())["sets"]
+    sets = read_params(root)["sets"]
     shown = book.may_show({"sets": sets})
     assert {p.parts[1] for p in (path.relative_to(site) for path in pages(site, "runs/**/*.html"))} <= set(
         shown

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from unirec import cli
+from unirec.core.params import write_params
 from unirec.data.schema import PRESETS, Schema, read_schema
 from unirec.data.sets import SetSpec
 
@@ -391,7 +392,7 @@ def project(toy_project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     for name in ("prepared", "embeddings", "models", "predictions"):
         (folder / name).symlink_to(made / name)
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    write_params(folder, params)
     return folder
 
 

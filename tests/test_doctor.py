@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-import yaml
 
 from unirec import cli
 from unirec.core.device import SHARE, gpu_peaks
+from unirec.core.params import read_params
 from unirec.pipeline.dry_run import WORDS, four_items, operations_of, run_flops
 from unirec.pipeline.profiles import read_profile
 
@@ -128,7 +128,7 @@ def test_a_run_grows_with_its_data(root, tiny):
 
 
 def test_four_items_have_all_attributes(root, tmp_path):
-    schema = yaml.safe_load((root / "params.yaml").read_text())["sets"]["beauty"]["schema"]
+    schema = read_params(root)["sets"]["beauty"]["schema"]
     spec = four_items(tmp_path / "shop", schema, history=20)
     assert (
         spec.synthetic
@@ -214,7 +214,7 @@ def test_what_is_wrong_is_said_in_one_line(root, words, told, capsys, monkeypatc
 @pytest.fixture
 def project(root, tmp_path):
     "A copy of what the doctor reads."
-    for name in ("profiles", "requirements"):
+    for name in ("profiles", "requirements", "sets"):
         shutil.copytree(root / name, tmp_path / name)
     shutil.copy(root / "params.yaml", tmp_path)
     return tmp_path

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
+from unirec.core.params import read_params
 from unirec.data.schema import Schema
 from unirec.data.sets import SetSpec
 from unirec.data.splits import Histories, sample_candidates, windows
@@ -605,5 +606,5 @@ def test_fault_13_a_seed_repeats_and_another_differs(toy_project, without_test_f
 def test_fault_13_licence_and_data_sets(root):
     "The released code has no licence file and only All_Beauty."
     assert "Apache License" in (root / "LICENSE").read_text()
-    params = yaml.safe_load((root / "params.yaml").read_text())
+    params = read_params(root)
     assert "seed" in params and len(params["datasets"]) >= 2

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from PIL import Image
 
 from unirec.core.files import beside, gunzip, own_trouble, unzip, write_json
+from unirec.core.params import read_params
 from unirec.data import sources
 from unirec.data.datasets import download
 from unirec.data.download import FetchError, Patience, fetch, fetch_hub
@@ -1124,7 +1124,7 @@ def test_yelp_says_what_to_do_and_takes_what_was_put_there(tmp_path):
 
 
 def test_every_named_set_of_params_has_a_source_with_its_files():
-    sets = yaml.safe_load((ROOT / "params.yaml").read_text())["sets"]
+    sets = read_params(ROOT)["sets"]
     named = {
         n: SetSpec.from_params(n, block) for n, block in sets.items() if block["source"].startswith("get:")
     }
@@ -1246,7 +1246,7 @@ def test_the_official_list_and_raw_files_give_the_reference_split(server, tmp_pa
     ]
     monkeypatch.setitem(SOURCES, "all_beauty_5core", listing(server, site, "All_Beauty"))
     monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())["sets"]["all_beauty"]
+    params = read_params(ROOT)["sets"]["all_beauty"]
     spec = SetSpec.from_params("all_beauty", params | {"source": "get:all_beauty_5core"})
     download(spec, tmp_path / "raw")
     counts = json.loads((tmp_path / "raw" / "source.json").read_text())["counts"]

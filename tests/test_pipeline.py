@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from unirec.core.params import read_params, write_params
 from unirec.model.llm import cache_folder
 from unirec.pipeline.runner import STAGES, main, run_stage, settle, stage_params
 
@@ -34,8 +35,16 @@ def dvc_stages(root: Path) -> dict:
 
 
 def keys_of(stage: dict) -> list[str]:
-    "The keys of params.yaml that a stage of dvc.yaml depends on."
-    return [key.replace("${item.dataset}", "{dataset}") for key in stage.get("params", [])]
+    "The parameters that a stage of dvc.yaml depends on, as `STAGES` names them."
+    keys = ["sets"] if "sets" in stage["deps"] else []
+    for entry in stage["params"]:
+        if isinstance(entry, str):
+            keys.append(entry)
+            continue
+        ((file, names),) = entry.items()
+        assert file == "sets/${item.dataset}.yaml"
+        keys += [f"sets.{{dataset}}.{name}" for name in names] if names else ["sets.{dataset}"]
+    return keys
 
 
 def picked(params: dict, keys: list[str], dataset: str) -> dict:
@@ -69,14 +78,14 @@ def test_dvc_and_the_package_agree_on_a_stage(root, stage):
 
 
 def test_stage_params_are_what_dvc_tracks(root):
-    params = yaml.safe_load((root / "params.yaml").read_text())
+    params = read_params(root)
     for stage, block in dvc_stages(root).items():
         for dataset in params["sets"]:
             assert stage_params(params, stage, dataset) == picked(params, keys_of(block), dataset)
 
 
 def test_a_parameter_that_is_missing_is_named(root):
-    params = yaml.safe_load((root / "params.yaml").read_text())
+    params = read_params(root)
     del params["sets"][DATASET]["schema"]
     with pytest.raises(KeyError, match=r"sets\.sample\.schema is missing; the stage pretrain"):
         stage_params(params, "pretrain", DATASET)
@@ -94,7 +103,7 @@ def test_an_unknown_stage_is_named(capsys):
 
 
 def test_an_unknown_data_set_is_named(root, tmp_path):
-    shutil.copy(root / "params.yaml", tmp_path)
+    write_params(tmp_path, read_params(root))
     with pytest.raises(KeyError, match=r"sets\.nowhere is missing"):
         run_stage("download", "nowhere", tmp_path)
 
@@ -207,7 +216,7 @@ class Clone:
     @property
     def params(self) -> dict:
         "What params.yaml says now."
-        return yaml.safe_load((self.folder / "params.yaml").read_text())
+        return read_params(self.folder)
 
     def json(self, *parts: str):
         "A JSON file of the copy."
@@ -229,9 +238,7 @@ def clone(root, project_files, tmp_path_factory) -> Clone:
         place = folder / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, place)
-    (folder / "params.yaml").write_text(
-        yaml.safe_dump(tiny(yaml.safe_load((root / "params.yaml").read_text())), sort_keys=False)
-    )
+    write_params(folder, tiny(read_params(root)))
     if not (folder / "data.dvc").exists():
         (folder / "data.dvc").write_text("deps:\n- path: downloads\nouts:\n- path: data\n")
     copy = Clone(folder, home)
@@ -342,14 +349,13 @@ def test_an_executed_notebook_has_its_parameters_and_no_times(clone, stage):
 
 
 def test_a_changed_parameter_concerns_its_stage_alone(clone):
-    path = clone.folder / "params.yaml"
-    before, params = path.read_text(), clone.params
+    before, params = clone.params, clone.params
     params["finetune"]["epochs"] += 3
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    write_params(clone.folder, params)
     try:
         status = json.loads(clone.run("dvc", "status", "--json"))
     finally:
-        path.write_text(before)
+        write_params(clone.folder, before)
     assert set(status) == {f"finetune@{DATASET}"}, status
 
 

@@ -11,10 +11,10 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from unirec.core.device import Machine
+from unirec.core.params import read_params
 from unirec.model.llm import LORA_MODULES
 from unirec.pipeline.profiles import main, read_profile
 from unirec.pipeline.random_weights import stand_ins
@@ -28,6 +28,7 @@ def state_of(root: Path) -> dict[str, bytes | None]:
     "What a run of another profile must not touch."
     kept = [
         root / "params.yaml",
+        *(root / "sets").glob("*"),
         root / "dvc.yaml",
         root / "dvc.lock",
         root / "data.dvc",
@@ -111,7 +112,7 @@ def test_it_says_that_the_weights_are_random(tiny):
 def test_what_ran_is_what_the_profile_says(tiny, root):
     folder, _ = tiny
     expected = read_profile("paper-tiny", root).params
-    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params = read_params(folder)
     assert params["model"] == expected["model"] and params["finetune"] == expected["finetune"]
     run = read(folder, "reports", "runs", DATASET, "run_finetune.json")["params"]
     assert (
@@ -137,7 +138,7 @@ def test_the_towers_were_qwen3_and_open_clip(tiny):
     "Last-token pooling, the instruction before reviews alone, and the vision transformer of the profile's width."
     folder, _ = tiny
     params, manifest = (
-        yaml.safe_load((folder / "params.yaml").read_text()),
+        read_params(folder),
         read(folder, "embeddings", DATASET, "manifest.json"),
     )
     text, review, image = (manifest["encoders"][n] for n in ("text", "review", "image"))
@@ -164,7 +165,7 @@ def test_the_vectors_are_those_of_the_towers(tiny):
     from transformers import AutoModel, AutoTokenizer
 
     folder, _ = tiny
-    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params = read_params(folder)
     at = folder / params["encode"]["text"]
     tokenizer, model = (
         AutoTokenizer.from_pretrained(at),
@@ -190,7 +191,7 @@ def test_the_vectors_are_those_of_the_towers(tiny):
 @pytest.mark.slow
 def test_the_llm_was_a_qwen3_with_lora_and_the_better_epoch_was_kept(tiny):
     folder, _ = tiny
-    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params = read_params(folder)
     config, cached = (
         read(folder, params["llm"]["uri"], "config.json"),
         [json.loads(p.read_text()) for p in (folder / "cache").glob("llm-*/config.json")],

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 
 from unirec import cli
+from unirec.core.params import read_params, write_params
 from unirec.evaluation.metrics import full_ranks
 from unirec.model.recommender import MODELS
 from unirec.pipeline.recommend import COUNTING, Recommender, same_settings
@@ -162,7 +162,7 @@ def project(toy_project, tmp_path) -> tuple[Path, dict]:
         (tmp_path / "reports" / "runs" / "toy" / f"run_{stage}.json").write_text(
             json.dumps({"params": stage_params(params, stage, "toy")})
         )
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    write_params(tmp_path, params)
     return tmp_path, params
 
 
@@ -196,7 +196,7 @@ def test_a_model_of_other_settings_does_not_answer(path, value, expected, projec
     for name in parents:
         at = at[name]
     at[last] = value
-    (root / "params.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
+    write_params(root, changed)
     assert expected in told(root, capsys)
 
 
@@ -229,7 +229,8 @@ def test_a_model_of_other_settings_does_not_answer(path, value, expected, projec
         ("params.yaml", lambda p: p.write_text(""), "params.yaml: expected a mapping"),
         ("params.yaml", lambda p: p.write_text("- a"), "params.yaml: expected a mapping"),
         ("params.yaml", lambda p: p.write_text("a: {"), "params.yaml, row 1: not YAML"),
-        ("params.yaml", lambda p: p.write_text("seed: 0"), "params.yaml: the block 'sets' is missing"),
+        ("params.yaml", lambda p: p.write_text("seed: 0"), "params.yaml: the block 'encode' is missing"),
+        ("params.yaml", lambda p: p.write_text("sets: {}"), "a data set is a file sets/<name>.yaml"),
         # which is not read
         ("prepared/toy/candidates.npy", lambda p: p.write_bytes(b""), "user 'x' is unknown"),
     ],
@@ -247,7 +248,7 @@ def test_ranks_of_the_real_runs(dataset, root):
     if not made.is_file() or not (root / "models" / dataset / "finetune").is_dir():
         pytest.skip("the pipeline has not run here")
     try:
-        same_settings(Path(root), dataset, yaml.safe_load((root / "params.yaml").read_text()))
+        same_settings(Path(root), dataset, read_params(root))
     except ValueError as error:
         pytest.skip(f"params.yaml has changed since the pipeline ran: {error}")
     written = pd.read_parquet(made)

@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
-import yaml
 
+from unirec.core.params import read_params
 from unirec.data.datasets import download
 from unirec.data.prepare import prepare
 from unirec.data.sets import SetSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+PARAMS = read_params(ROOT)
 REFERENCE = {  # set -> users, items, events, sha256 over the lines `user,test_item`
     "movielens": (943, 1349, 99287, "f699572d46c6163dab92a3356b076b2347094feea4b68b03cc7de9b1034f3875"),
     "all_beauty": (253, 356, 2535, "de2bbc1ab36e08f6b044e22b9d02aa77c8394ec4539f917ca92e7b7a7d7f8eb8"),
@@ -38,11 +38,7 @@ def test_split_is_the_reference_split(name, tmp_path):
 
 
 def test_committed_results_are_of_the_reference_splits():
-    "Every committed result of these sets carries the fingerprint of the split that it was measured on."
-    found = [n for n in REFERENCE if (ROOT / "results" / n / "quality.json").exists()]
-    assert "movielens" in found
-    for name in found:
-        assert (
-            json.loads((ROOT / "results" / name / "quality.json").read_text())["test_split_sha256"]
-            == REFERENCE[name][3]
-        )
+    "The committed reference of every one of these sets was measured on this split."
+    for name, (users, items, events, split) in REFERENCE.items():
+        found = json.loads((ROOT / "results" / "reference" / f"{name}.json").read_text())
+        assert found == {"users": users, "items": items, "events": events, "test_split_sha256": split}

@@ -19,6 +19,8 @@ import nbformat
 import yaml
 from readme import visible
 
+from unirec.core.params import read_params
+
 # Part -> names of notebooks under nbs/ in the order of reading; a pattern takes what no name before it took,
 # in order of names.
 PARTS = {
@@ -77,7 +79,7 @@ def may_show(params: dict) -> list[str]:
 
 def executed(root: Path) -> dict[str, list[Path]]:
     "Data set -> the stages' notebooks that the pipeline executed on it, for sets that may be shown."
-    params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf8"))
+    params = read_params(root)
     found = {name: sorted((root / "reports" / name).glob("*.ipynb")) for name in may_show(params)}
     for name, paths in found.items():
         for path in paths:

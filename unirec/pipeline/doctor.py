@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..core.device import Machine, this_machine
-from ..core.params import read_yaml
+from ..core.params import read_params
 from ..data.jsonl import dig
 from .profiles import Profile, profile_names, read_profile
 
@@ -161,7 +161,7 @@ def check_up(
 ) -> str:
     "What `unirec doctor` prints; raises ValueError for a params.yaml or a profile that was asked for and cannot be read."
     machine = machine or this_machine(root)
-    read_yaml(root / "params.yaml")
+    read_params(root)
     count, wrong = missing_packages(root / "requirements")
     parts = [
         ["This machine", *machine.lines()],

@@ -40,7 +40,7 @@ from pathlib import Path
 import yaml
 
 from ..core.device import Machine, this_machine
-from ..core.params import kind, read_yaml
+from ..core.params import kind, read_params, read_yaml, write_params
 from ..data.jsonl import dig
 from .random_weights import stand_ins
 
@@ -199,7 +199,7 @@ def read_profile(
             raise ValueError(f"profiles/{name}.yaml: base {todo!r} leads back to itself")
         if todo and todo not in known:
             raise ValueError(f"profiles/{above}.yaml: base {todo!r}, expected one of {', '.join(known)}")
-    params = read_yaml(root / "params.yaml")
+    params = read_params(root)
     for n, told in chain:
         params = merged(params, told.get("params", {}), f"profiles/{n}.yaml")
     whole = {k: v for _, told in chain for k, v in told.items() if k not in ("base", "params")}
@@ -260,13 +260,8 @@ def workspace(
             if not (root / old.relative_to(folder)).exists():
                 old.unlink()
     put(folder / "dvc.yaml", launched((root / "dvc.yaml").read_text(), processes).encode())
-    put(folder / "params.yaml", yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True).encode())
-    put(
-        folder / ".dvc" / "config",
-        ("[core]\n    no_scm = true\n" + (root / ".dvc" / "config").read_text().removeprefix("[core]\n"))
-        .replace("    autostage = true\n", "")
-        .encode(),
-    )
+    write_params(folder, params)
+    put(folder / ".dvc" / "config", (root / ".dvc" / "config").read_bytes())
     if not (folder / "data.dvc").exists():
         put(folder / "data.dvc", b"deps:\n- path: downloads\nouts:\n- path: data\n")
 

@@ -10,7 +10,7 @@ __all__ = [
     "TABLES",
     "look_into",
     "opened",
-    "read_params",
+    "project_params",
     "block",
     "part_of",
     "dotted",
@@ -50,7 +50,7 @@ from torch import Tensor
 
 from ..baselines.classic import itemknn, markov, mean_vectors, popularity
 from ..core.files import file_sha256
-from ..core.params import kind, read_yaml
+from ..core.params import kind, read_params, read_yaml
 from ..data.sets import SetSpec
 from ..data.splits import Histories, split_hash
 from ..encoders.catalogue import Data, item_vectors, load, one_each
@@ -104,20 +104,17 @@ def opened(path: Path, stage: str, dataset: str, read: Callable = look_into) -> 
 
 
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-011
-def read_params(root: Path) -> dict:
-    "params.yaml of a project; raises FileNotFoundError that says what the folder should be, ValueError for what are no parameters."
+def project_params(root: Path) -> dict:
+    "params.yaml and data sets of a project; raises FileNotFoundError that says what the folder should be, ValueError for what are no parameters."
     path = root / "params.yaml"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: there is no such file; run this in the project's folder, or name it (root, --root)"
         )
-    params = read_yaml(path)
-    for block in ("sets", "encode"):
-        if kind(params.get(block)) != "mapping":
-            raise ValueError(
-                f"{path}: the block {block!r} is"
-                f" {'missing' if block not in params else f'a {kind(params[block])}'}, expected a mapping"
-            )
+    params = read_params(root)
+    if kind(params.get("encode")) != "mapping":
+        state = f"a {kind(params['encode'])}" if "encode" in params else "missing"
+        raise ValueError(f"{path}: the block 'encode' is {state}, expected a mapping")
     return params
 
 
@@ -158,16 +155,15 @@ def ran_with(root: Path, dataset: str, stage: str) -> dict | None:  # dotted nam
     "The settings that a stage ran with, as far as it is recorded."
     run, lock = root / "reports" / "runs" / dataset / f"run_{stage}.json", root / "dvc.lock"
     if run.is_file():
-        told = opened(run, stage, dataset).get("params")
+        params = opened(run, stage, dataset).get("params")
+    elif lock.is_file():
+        entry = (read_yaml(lock).get("stages") or {}).get(f"{stage}@{dataset}") or {}
+        files = entry.get("params") or {}
+        block = files.get(f"sets/{dataset}.yaml")
+        params = (files.get("params.yaml") or {}) | ({"sets": {dataset: block}} if block else {})
     else:
-        told = (
-            (((read_yaml(lock).get("stages") or {}).get(f"{stage}@{dataset}") or {}).get("params") or {}).get(
-                "params.yaml"
-            )
-            if lock.is_file()
-            else None
-        )
-    return dotted(told) if told else None
+        params = None
+    return dotted(params) if params else None
 
 
 def same_settings(
@@ -466,7 +462,7 @@ class Answering(Trained):
     ) -> "Answering":
         "From the pipeline's artefacts; raises ValueError for unknown names and for what does not belong together, FileNotFoundError for what has not been made yet."
         root = Path(root)
-        params = read_params(root) if params is None else params
+        params = project_params(root) if params is None else params
         position(dataset, dict.fromkeys(params["sets"], 0), "data set")
         position(model, dict.fromkeys([*MODELS, *COUNTING], 0), "model")
         same_settings(

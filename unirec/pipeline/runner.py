@@ -31,9 +31,9 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
 
 from ..core.memory import peak_memory_mb
+from ..core.params import read_params
 
 # %% ../../nbs/pipeline/02_runner.ipynb #cell-006
 RANK = int(os.environ.get("RANK", 0))  # which of several processes this is; the first one writes
@@ -50,23 +50,24 @@ STAGES = {  # stage -> its notebook, and the keys of params.yaml that it depends
 
 # %% ../../nbs/pipeline/02_runner.ipynb #cell-007
 def stage_params(
-    params: dict,  # params.yaml
+    params: dict,  # as `core.params.read_params` returns them
     stage: str,
     dataset: str,
 ) -> dict:  # nested, only what the stage depends on
-    "The part of params.yaml that one stage depends on; raises KeyError that names what is missing."
+    "The parameters that one stage depends on; raises KeyError that names what is missing, and its file."
     out = {}
     for key in STAGES[stage][1]:
-        path, source, target = key.format(dataset=dataset).split("."), params, out
-        for i, name in enumerate(path):
+        *parents, last = key.format(dataset=dataset).split(".")
+        source, target = params, out
+        for depth, name in enumerate([*parents, last], 1):
             if not isinstance(source, dict) or name not in source:
-                raise KeyError(
-                    f"params.yaml: {'.'.join(path[: i + 1])} is missing; the stage {stage} needs it"
-                )
+                missing = ".".join([*parents, last][:depth])
+                file = f"sets/{dataset}.yaml" if missing.startswith("sets.") else "params.yaml"
+                raise KeyError(f"{file}: {missing} is missing; the stage {stage} needs it")
             source = source[name]
-            if i < len(path) - 1:
+            if depth <= len(parents):
                 target = target.setdefault(name, {})
-        target[path[-1]] = source
+        target[last] = source
     return out
 
 
@@ -141,7 +142,7 @@ def revision() -> str | None:
         return None
     return head.stdout.strip() + (
         "-dirty"
-        if git("status", "--porcelain", "--", ":/nbs", ":/unirec", ":/params.yaml").stdout.strip()
+        if git("status", "--porcelain", "--", ":/nbs", ":/unirec", ":/params.yaml", ":/sets").stdout.strip()
         else ""
     )
 
@@ -206,7 +207,7 @@ def settle(
 # %% ../../nbs/pipeline/02_runner.ipynb #cell-018
 def run_stage(stage: str, dataset: str, root: Path = Path("."), log: bool = True) -> Path:
     "Execute a stage's notebook with its part of params.yaml; returns the executed, settled notebook."
-    params = yaml.safe_load((root / "params.yaml").read_text())
+    params = read_params(root)
     name = STAGES[stage][0]
     out = (
         root / "reports" / dataset if RANK == 0 else Path(tempfile.mkdtemp(prefix="unirec-rank-"))
