@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, memory, say
 from unirec.core.device import keep_memory
 from unirec.core.params import read_params
-from unirec.data.splits import Histories
+from unirec.data.histories import Histories
 from unirec.encoders.catalogue import Catalogue
 from unirec.model.events import Events, training_batches
 from unirec.model.hierarchy import EncoderConfig

@@ -150,7 +150,9 @@ def plain(folder: Path, out: Path) -> int:
     "The same tables by loops and pandas, without leak checks, quality report and candidates."
     items, events = plain_items(folder), plain_events(folder)
     read = len(events)
-    events, _ = k_core(events[events.item_id.isin(set(items.item_id))], 5, 5)
+    events = events[events.item_id.isin(set(items.item_id))]
+    codes = [pd.factorize(events[column])[0] for column in ("user_id", "item_id")]
+    events = events.iloc[k_core(*codes, 5, 5)[0]]
     items = items[items.item_id.isin(set(events.item_id))].reset_index(drop=True)
     users = pd.DataFrame({"user_id": pd.unique(events.user_id)})
 

@@ -8,7 +8,7 @@ import torch
 from unirec.baselines.bpr import BPRConfig, bpr
 from unirec.baselines.classic import itemknn, markov, mean_vectors, popularity
 from unirec.baselines.sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
-from unirec.data.splits import Histories
+from unirec.data.histories import Histories
 from unirec.evaluation.metrics import full_ranks, summarise
 from unirec.training.loop import FitConfig
 

@@ -22,9 +22,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from unirec.core.params import read_params
+from unirec.data.histories import Histories, windows
 from unirec.data.schema import Schema
 from unirec.data.sets import SetSpec
-from unirec.data.splits import Histories, sample_candidates, windows
+from unirec.data.splits import sample_candidates
 from unirec.encoders.catalogue import load, load_catalogue, toy_catalogue
 from unirec.encoders.modalities import TABLES
 from unirec.encoders.store import build_store
@@ -397,10 +398,15 @@ def test_fault_06_negatives_are_seeded_distinct_and_untouched(toy_project):
     "Released negatives are unseeded and can hold the user's test item."
     touched = [np.arange(u, u + 20) for u in range(30)]
     targets = np.array([t[-1] for t in touched])
-    drawn = sample_candidates(touched, targets, 125, seed=3)
+    users = np.repeat(np.arange(30), 20)
+
+    def sampled(seed):
+        return next(sample_candidates(users, np.concatenate(touched), np.arange(30), targets, 125, seed=seed))
+
+    drawn = sampled(3)
     assert drawn.shape == (30, 100) and np.array_equal(drawn[:, 0], targets)
-    assert np.array_equal(drawn, sample_candidates(touched, targets, 125, seed=3))
-    assert not np.array_equal(drawn, sample_candidates(touched, targets, 125, seed=4))
+    assert np.array_equal(drawn, sampled(3))
+    assert not np.array_equal(drawn, sampled(4))
     for row, seen in zip(drawn, touched, strict=True):
         assert len(set(row)) == 100 and not set(row[1:]) & set(seen)
     folder = toy_project[0] / "prepared" / "toy"

@@ -18,7 +18,7 @@ from unirec.baselines.titles import (
     title_batches,
     title_tokens,
 )
-from unirec.data.splits import Histories
+from unirec.data.histories import Histories
 from unirec.encoders.catalogue import toy_catalogue
 from unirec.model.llm import LLMConfig, load_llm
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from unirec.data.download import resume
-from unirec.data.splits import Histories
+from unirec.data.histories import Histories
 from unirec.encoders.catalogue import toy_catalogue
 from unirec.evaluation.metrics import full_ranks, summarise
 from unirec.model.events import Events, training_batches

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.splits import Histories
+from ..data.histories import Histories
 from ..evaluation.metrics import full_ranks, summarise
 from ..training.loop import FitConfig, fit
 

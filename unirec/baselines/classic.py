@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import sparse
 
-from ..data.splits import Histories
+from ..data.histories import Histories
 
 
 # %% ../../nbs/baselines/01_classic.ipynb #cell-008

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .titles import TitleConfig, TitleReader, TitleScorer, by_length, fitted
-from ..data.splits import Histories
+from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from ..model.fusion import make_fusion
 from ..model.qformer import QFormerConfig

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.splits import Histories, windows
+from ..data.histories import Histories, windows
 from ..evaluation.metrics import full_ranks, summarise
 from ..training.loop import FitConfig, fit
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.files import locate
-from ..data.splits import Histories, windows
+from ..data.histories import Histories, windows
 from ..evaluation.metrics import full_ranks, summarise
 from ..model.llm import LLMConfig, adapted, cache_folder, load_llm
 from ..model.losses import Temperature, info_nce

@@ -25,9 +25,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..data.histories import Histories
 from ..data.schema import Schema
 from ..data.sets import SetSpec
-from ..data.splits import Histories
 from .modalities import ENCODER_OF, TABLES
 from .pictures import check_together
 from .store import table_hash

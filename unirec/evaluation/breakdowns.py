@@ -30,7 +30,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..data.splits import Histories
+from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from ..encoders.modalities import TABLES
 from .metrics import expected_ranks, had

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..data.splits import Histories
+from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from ..encoders.modalities import TABLES
 from .metrics import full_ranks

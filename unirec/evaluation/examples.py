@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.splits import Histories
+from ..data.histories import Histories
 from ..encoders.catalogue import item_vectors
 from ..encoders.pictures import picture_bytes
 from .metrics import history_mask

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.splits import Histories
+from ..data.histories import Histories
 
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #cell-006

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.splits import Histories
+from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from .breakdowns import terciles
 from ..model.recommender import UniRec

@@ -46,8 +46,9 @@ from filelock import Timeout
 
 from ..baselines.registry import BASELINES, Trained, train_baseline
 from ..core.params import digest
+from ..data.histories import Histories
 from ..data.sets import SetSpec
-from ..data.splits import Histories, last_k, train_aggregate
+from ..data.splits import last_k, train_aggregate
 from ..encoders.catalogue import Data, load, load_test
 from ..evaluation.metrics import full_ranks, last_ranks, ranks
 from ..evaluation.significance import compare_models

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.splits import Histories, windows
+from ..data.histories import Histories, windows
 
 # %% ../../nbs/model/04_events.ipynb #cell-006
 DAY = 86_400_000  # milliseconds

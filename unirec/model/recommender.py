@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..data.splits import Histories
+from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from .events import Events, last_batches, seen_items_mask
 from .hierarchy import EncoderConfig, ItemEncoder, UserEncoder

@@ -51,8 +51,9 @@ from torch import Tensor
 from ..baselines.classic import itemknn, markov, mean_vectors, popularity
 from ..core.files import file_sha256
 from ..core.params import kind, read_params, read_yaml
+from ..data.histories import Histories
 from ..data.sets import SetSpec
-from ..data.splits import Histories, split_hash
+from ..data.splits import split_hash
 from ..encoders.catalogue import Data, item_vectors, load, one_each
 from ..evaluation.metrics import expected_ranks, history_mask
 from ..evaluation.reasons import attention_shares, item_kinds, nearest_events

@@ -31,10 +31,10 @@ from ..baselines.classic import itemknn, markov, mean_vectors, popularity
 from ..baselines.sequential import SASRecConfig, sasrec
 from ..core.device import keep_memory, pick_device, process_group
 from ..data.datasets import download
+from ..data.histories import Histories
 from ..data.prepare import prepare
 from ..data.schema import Schema
 from ..data.sets import SetSpec
-from ..data.splits import Histories
 from ..encoders.catalogue import Data, item_vectors, load, load_test
 from ..encoders.modalities import encoders_of
 from ..encoders.store import build_store

@@ -23,7 +23,7 @@ import json
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..data.quality import number
+from ..data.quality import format_number
 from .explorer import EXPLORER, EXPLORER_SCRIPT, EXPLORER_STYLE, library, policy, script_json
 
 # %% ../../nbs/report/04_page.ipynb #cell-006
@@ -184,14 +184,18 @@ BEHIND = """{% set behind = set.behind %}{% if behind %}<details class="behind">
 # %% ../../nbs/report/04_page.ipynb #cell-018
 def duration(seconds) -> str:
     "Seconds as `12.3 s` or `3 min 12 s`"
-    text = number(seconds, "{:.1f} s")
+    text = format_number(seconds, "{:.1f} s")
     return text if text == "–" or seconds < 60 else "{} min {:02d} s".format(*divmod(round(seconds), 60))
 
 
 def change(part: dict) -> str:
     "By how much the language model changes the full MRR, in percent of what it is without"
     new, old = part.get("mrr"), part.get("mrr_without_llm")
-    return "–" if "–" in (number(new, "{}"), number(old, "{}")) or not old else f"{new / old - 1:+.1%}"
+    return (
+        "–"
+        if "–" in (format_number(new, "{}"), format_number(old, "{}")) or not old
+        else f"{new / old - 1:+.1%}"
+    )
 
 
 # %% ../../nbs/report/04_page.ipynb #cell-021
@@ -217,11 +221,11 @@ def environment(
         undefined=StrictUndefined,
     )
     env.filters |= {
-        "figure": lambda value, digits=4: number(value, f"{{:.{digits}f}}"),
-        "count": lambda value: number(value, "{:,.0f}"),
-        "percent": lambda value: number(value, "{:.0%}"),
-        "percent1": lambda value: number(value, "{:.1%}"),
-        "signed": lambda value: number(value, "{:+.2f}"),
+        "figure": lambda value, digits=4: format_number(value, f"{{:.{digits}f}}"),
+        "count": lambda value: format_number(value, "{:,.0f}"),
+        "percent": lambda value: format_number(value, "{:.0%}"),
+        "percent1": lambda value: format_number(value, "{:.1%}"),
+        "signed": lambda value: format_number(value, "{:+.2f}"),
         "duration": duration,
         "change": change,
         "pretty": lambda value: json.dumps(value, indent=1, ensure_ascii=False, default=str),
