@@ -30,11 +30,11 @@ from unirec.core.params import read_params
 from unirec.data import sources
 from unirec.data.datasets import download
 from unirec.data.download import FetchError, Patience, fetch, fetch_hub
-from unirec.data.jsonl import clean_image
 from unirec.data.pictures import Limits, examine, fetch_pictures, packed, picture_urls
 from unirec.data.prepare import prepare
 from unirec.data.sets import SetSpec
 from unirec.data.sources import SOURCES, ByHand, RawFile, Source, five_core, get, join_reviews
+from unirec.data.values import clean_image
 from unirec.encoders.pictures import picture_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

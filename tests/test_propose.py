@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unirec.data.jsonl import clean, dig
+from unirec.data.jsonl import field_at
 from unirec.data.propose import (
     LIMITS,
     as_yaml,
@@ -24,6 +24,7 @@ from unirec.data.propose import (
 from unirec.data.readers import READERS
 from unirec.data.schema import Attribute, Schema, read_schema
 from unirec.data.sets import SetSpec
+from unirec.data.values import canonical_value
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 VALUES = [
@@ -113,12 +114,12 @@ def test_what_is_proposed_can_be_read(records):
             continue
         wrong = there = 0
         for record in records:
-            raw = dig(record, a.source)
+            raw = field_at(record, a.source)
             if raw is None or raw == "" or isinstance(raw, float) and math.isnan(raw):
                 continue
             there += 1
             try:
-                clean(raw, a)
+                canonical_value(raw, a)
             except (ValueError, TypeError):
                 wrong += 1
         assert (

@@ -12,7 +12,6 @@ import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,15 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unirec.data import prepare as preparing
-from unirec.data.columns import Columns, item_batches
-from unirec.data.jsonl import blocks, clean, from_json, lines, milliseconds
+from unirec.data.canonical import item_sources, items_table, larger_batches
+from unirec.data.jsonl import ColumnDecoder, column_batches, decode_json, file_lines, line_blocks
 from unirec.data.prepare import check_aggregates, check_candidates, check_parts, indexed, prepare
 from unirec.data.readers import READERS
-from unirec.data.reviews import as_events, fast, review_batches
+from unirec.data.reviews import arrow_batch, as_events, review_batches
 from unirec.data.schema import Attribute, Schema
 from unirec.data.sets import SetSpec
 from unirec.data.splits import in_order, leave_one_out, sample_candidates, train_aggregate
-from unirec.data.values import grouped, item_sources, items_table
+from unirec.data.values import canonical_value, milliseconds
 
 DAY, NOW = 86_400_000, 1_600_000_000_000  # ms
 FIELDS = {
@@ -745,7 +744,7 @@ def test_small_sets_without_a_fault_are_read(format, tmp_path):
     [("a\0b", "a\0b"), (5, "5"), ([" a", None, "b "], "a b"), ("\u2003x\x1c", "x"), ("", None), (None, None)],
 )
 def test_text_is_cleaned(raw, wanted):
-    assert clean(raw, Attribute("t", "text", "t")) == wanted
+    assert canonical_value(raw, Attribute("t", "text", "t")) == wanted
 
 
 @pytest.mark.parametrize(
@@ -775,7 +774,7 @@ def test_units_of_time_are_told_apart_by_the_rule(raw, unit, wanted):
 )
 def test_json_is_what_json_says(value):
     text = json.dumps(value)
-    assert repr(from_json(text)) == repr(json.loads(text))
+    assert repr(decode_json(text)) == repr(json.loads(text))
 
 
 @settings(max_examples=100)
@@ -794,12 +793,14 @@ def test_blocks_put_together_are_the_file(content, size, pack):
             with pytest.raises(
                 ValueError, match=r"x, row \d+: (a NUL byte|byte 0x.. is not UTF-8|the file is UTF-16)"
             ):
-                list(blocks(path, size))
+                list(line_blocks(path, size))
             return
         wanted = wanted.removeprefix("\ufeff")
-        assert b"".join(b for _, b in blocks(path, size)).decode() == wanted
+        assert b"".join(b for _, b in line_blocks(path, size)).decode() == wanted
         rows = dict(enumerate(wanted.split("\n"), 1))
-        assert list(lines(path, size)) == [(k, v.strip(" \t\r")) for k, v in rows.items() if v.strip(" \t\r")]
+        assert list(file_lines(path, size)) == [
+            (k, v.strip(" \t\r")) for k, v in rows.items() if v.strip(" \t\r")
+        ]
 
 
 # the fast reader and the exact one
@@ -876,7 +877,7 @@ def test_the_fast_reader_is_used_for_good_lines():
         json.dumps(review(user_id=f"u{k}", text="für \N{GRINNING FACE}"), ensure_ascii=k % 2 == 0) + "\n"
         for k in range(50)
     ).encode()
-    assert len(fast(block, FIELDS)) == 50
+    assert len(arrow_batch(block, FIELDS)) == 50
 
 
 THING = (
@@ -930,7 +931,7 @@ def items_of(path, quick, size):
     schema, quality = Schema.from_params(SCHEMA | {"colour": {"type": "text", "source": "details.Color"}}), {}
     try:
         items = items_table(
-            item_batches(path, ["parent_asin", *item_sources(schema)], quick, size),
+            column_batches(path, ["parent_asin", *item_sources(schema)], quick, size),
             "parent_asin",
             schema,
             quality,
@@ -956,7 +957,7 @@ def test_the_decoder_is_used_for_good_items():
         + "\n"
         for k in range(50)
     ).encode()
-    found = Columns({"parent_asin": Any, "title": Any, "details.Brand": Any, "price": Any})(block)
+    found = ColumnDecoder(["parent_asin", "title", "details.Brand", "price"])(block)
     assert (
         found["title"] == [["für", "\N{GRINNING FACE}"]] * 50
         and found["details.Brand"] == ["Acme"] * 50
@@ -1202,8 +1203,8 @@ def peak_of(read) -> int:
 def test_rows_of_a_table_pass_by(form, tmp_path, monkeypatch):
     "Six times the rows take no more memory where nothing more is kept."
     monkeypatch.setattr("unirec.data.formats.ROWS", 1000)
-    monkeypatch.setattr(grouped, "__defaults__", (1000,))
-    for function in (blocks, lines):
+    monkeypatch.setattr(larger_batches, "__defaults__", (1000,))
+    for function in (line_blocks, file_lines):
         monkeypatch.setattr(function, "__defaults__", (1 << 14,))
     peaks, format = [], "recbole" if form == "inter" else "table"
     for rows in (4_000, 24_000):

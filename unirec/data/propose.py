@@ -47,7 +47,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from .formats import once
+from .formats import check_distinct
 from .schema import LARGEST, one_line, schema_yaml
 
 
@@ -65,7 +65,7 @@ def read_records(
         if form == ".csv":
             return _csv_rows(path, rows)
         if path.suffix == ".parquet":
-            once(pq.read_schema(path).names, path)
+            check_distinct(pq.read_schema(path).names, path)
             return [
                 r
                 for batch in islice(pq.ParquetFile(path).iter_batches(max(rows, 1)), 1)
@@ -109,7 +109,7 @@ def _csv_rows(path: Path, rows: int) -> list[dict]:
             f" seems to be separated by {'a tab' if mark == chr(9) else repr(mark)}, write it again with"
             " commas"
         )
-    once(header[header != ""], path)
+    check_distinct(header[header != ""], path)
     # as `prepare` reads it: NA is a text
     table = pd.read_csv(path, dtype=str, nrows=rows, encoding="utf-8", keep_default_na=False, na_values=[""])
     if not isinstance(table.index, pd.RangeIndex):

@@ -28,9 +28,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..data.jsonl import clean
 from ..data.schema import LARGEST, Attribute, Schema
-from ..data.values import without_html
+from ..data.values import canonical_value, without_html
 from ..encoders.catalogue import Catalogue, Data
 from ..encoders.modalities import MODALITIES
 from ..encoders.store import Scale, encode_slots, grid, look_at_files, slots
@@ -76,7 +75,7 @@ def canonical(
         value = values[0]
     if a.type == "number":
         try:
-            number = clean(value, a)
+            number = canonical_value(value, a)
         except (ValueError, TypeError, OverflowError):
             number = np.nan
         if not np.isfinite(number):
@@ -90,7 +89,7 @@ def canonical(
             raise ValueError(f"attribute {a.name!r}: {value!r} is no path of a file")
         return str(value)
     try:
-        found = clean(values if isinstance(value, tuple) else value, a)
+        found = canonical_value(values if isinstance(value, tuple) else value, a)
     except (ValueError, TypeError) as error:
         raise ValueError(f"attribute {a.name!r}: {error}") from None
     return without_html(found, a) if html else found

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.device import Machine, this_machine
 from ..core.params import read_params
-from ..data.jsonl import dig
+from ..data.jsonl import field_at
 from .profiles import Profile, profile_names, read_profile
 
 
@@ -105,7 +105,7 @@ def data_at_hand(params: Mapping, name: str) -> str:
         )
     return (
         f"needs data.extra_root ({source})"
-        if kind == "extra" and not dig(params, "data.extra_root")
+        if kind == "extra" and not field_at(params, "data.extra_root")
         else "your own"
     )
 

@@ -41,7 +41,7 @@ import yaml
 
 from ..core.device import Machine, this_machine
 from ..core.params import kind, read_params, read_yaml, write_params
-from ..data.jsonl import dig
+from ..data.jsonl import field_at
 from .random_weights import stand_ins
 
 # %% ../../nbs/pipeline/05_profiles.ipynb #cell-006
@@ -205,11 +205,11 @@ def read_profile(
     whole = {k: v for _, told in chain for k, v in told.items() if k not in ("base", "params")}
     if missing := [f for f in FIELDS if f != "params" and f not in whole]:
         raise ValueError(f"profiles/{name}.yaml: {missing[0]} is missing")
-    if missing := [n for n in USED if dig(params, n) is None]:
+    if missing := [n for n in USED if field_at(params, n) is None]:
         raise ValueError(f"{root / 'params.yaml'}: {missing[0]} is missing")
     sets = {str(n): block for n, block in params["sets"].items()} if kind(params["sets"]) == "mapping" else {}
     asked = params.get("datasets") if kind(params.get("datasets")) == "list" else []
-    if not asked or any(dig(sets.get(str(d)), "source") is None for d in asked):
+    if not asked or any(field_at(sets.get(str(d)), "source") is None for d in asked):
         raise ValueError(
             f"profiles/{name}.yaml: params.datasets is {params.get('datasets')!r}, expected some of the sets"
             f" of params.yaml that have a source: {', '.join(sets)}"
