@@ -27,15 +27,15 @@ env:  ## set up the environment, nothing else
 
 repro:  ## raw data to reports/index.html, whatever is not up to date; PROFILE=paper or paper-tiny: in runs/PROFILE
 	@$(SETUP); \
-	if [ -n "$(PROFILE)" ]; then exec python -m unirec.pipeline.profiles "$(PROFILE)" $(ARGS); fi; \
+	if [ -n "$(PROFILE)" ]; then exec python -m unirec.cli profile "$(PROFILE)" $(ARGS); fi; \
 	dvc repro $(ARGS); \
 	echo "The page of results: $(CURDIR)/reports/index.html"
 
 verify:  ## compare the results of `make repro` with the committed reference (tolerance: params.yaml)
-	@$(SETUP); python -m unirec.pipeline.verify
+	@$(SETUP); python -m unirec.cli verify
 
 reference:  ## make the results of `make repro` the committed reference, results/reference/
-	@$(SETUP); python -m unirec.pipeline.verify --write
+	@$(SETUP); python -m unirec.cli verify --write
 
 test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)

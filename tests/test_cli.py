@@ -16,6 +16,7 @@ from unirec import cli
 from unirec.core.params import write_params
 from unirec.data.schema import PRESETS, Schema, read_schema
 from unirec.data.sets import SetSpec
+from unirec.pipeline import commands
 
 ITEMS, USERS, LENGTH, DAY = 12, 8, 6, 86_400
 THINGS = pd.DataFrame(
@@ -138,19 +139,16 @@ def test_bad_input_ends_with_two_and_no_traceback(root, words, told):
     "words",
     [
         ["--help"],
-        ["schema", "--help"],
         ["schema", "propose", "--help"],
         ["schema", "preset", "--help"],
-        ["prepare", "--help"],
-        ["recommend", "--help"],
-        ["doctor", "--help"],
+        *([name, "--help"] for name in cli.COMMANDS),
     ],
 )
 def test_help_says_what_every_option_is(words, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
     assert ended.value.code == 0 and "usage: unirec" in capsys.readouterr().out
-    here = cli.parser()
+    here = cli.parser(words[0])
     for word in words[:-1]:
         here = next(a for a in here._actions if getattr(a, "choices", None) and word in a.choices).choices[
             word
@@ -470,5 +468,5 @@ def test_words_for_the_terminal_cannot_move_the_cursor():
     table = pd.DataFrame(
         {"place": [1], "title": ["red \x1b[31m alert\nnext line" + "x" * 100], "hit": [True]}
     )
-    text = cli.as_text(table)
+    text = commands.table_text(table)
     assert "\x1b" not in text and len(text.splitlines()) == 2 and "…" in text and text.rstrip().endswith("*")

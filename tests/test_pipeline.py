@@ -69,7 +69,7 @@ def test_dvc_and_the_package_agree_on_a_stage(root, stage):
     block, (notebook, keys) = dvc_stages(root)[stage], STAGES[stage]
     assert sorted(keys_of(block)) == sorted(keys)
     dataset = "all" if "matrix" not in block else "${item.dataset}"
-    assert block["cmd"] == f"python -m unirec.pipeline.runner {stage} {dataset}"
+    assert block["cmd"] == f"python -m unirec.cli stage {stage} {dataset}"
     assert f"nbs/stages/{notebook}.ipynb" in block["deps"]
     assert f"reports/{dataset}/{notebook}.ipynb" in block["outs"]
     for dep in block["deps"]:

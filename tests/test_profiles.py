@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from unirec.cli import main
 from unirec.core.device import Machine
 from unirec.core.params import read_params
 from unirec.model.llm import LORA_MODULES
-from unirec.pipeline.profiles import main, read_profile
+from unirec.pipeline.profiles import read_profile
 from unirec.pipeline.random_weights import stand_ins
 from unirec.pipeline.runner import STAGES
 
@@ -51,7 +52,8 @@ def repro(root: Path, folder: Path, *words: str) -> str:
     command = [
         sys.executable,
         "-m",
-        "unirec.pipeline.profiles",
+        "unirec.cli",
+        "profile",
         "paper-tiny",
         "--root",
         str(root),
@@ -327,16 +329,14 @@ def test_a_wrong_profile_is_one_line(root, tmp_path, capsys, text, told):
     for name in ("params.yaml", "profiles/paper.yaml"):
         (tmp_path / name).write_text((root / name).read_text())
     (tmp_path / "profiles" / "wrong.yaml").write_text(text)
-    assert main(["wrong", "--root", str(tmp_path), "--only-make"]) == 2
+    assert main(["profile", "wrong", "--root", str(tmp_path), "--only-make"]) == 2
     err = capsys.readouterr().err
     assert told in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
 def test_make_knows_the_profiles(root):
     made = (root / "Makefile").read_text()
-    assert (
-        'exec python -m unirec.pipeline.profiles "$(PROFILE)" $(ARGS)' in made and "not there yet" not in made
-    )
+    assert 'exec python -m unirec.cli profile "$(PROFILE)" $(ARGS)' in made and "not there yet" not in made
     assert (
         "/runs" in (root / ".gitignore").read_text().split()
         and "/runs" in (root / ".dvcignore").read_text().split()

@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "HTML",
-    "position",
     "blank",
     "canonical",
     "one_row",
@@ -17,7 +16,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/pipeline/08_cold_start.ipynb #cell-003
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,24 +31,9 @@ from ..data.values import canonical_value, without_html
 from ..encoders.catalogue import Catalogue, Data
 from ..encoders.modalities import MODALITIES
 from ..encoders.store import Scale, encode_slots, grid, look_at_files, slots
-
+from .project import index_of
 
 # %% ../../nbs/pipeline/08_cold_start.ipynb #cell-006
-def position(
-    name: str,
-    known: Mapping[str, int],  # id -> index
-    what: str,  # "user", "item", ...: what the message calls it
-) -> int:
-    "The index of an id; raises ValueError with near matches for one that is unknown."
-    if (at := known.get(str(name))) is not None:
-        return at
-    near = difflib.get_close_matches(str(name), known, 3, 0.5) or list(known)[:3]
-    raise ValueError(
-        f"{what} {str(name)!r} is unknown ({len(known)} are known); did you mean {', '.join(near)}?"
-    )
-
-
-# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-009
 HTML = ("amazon2014", "amazon2018")  # formats whose texts are pieces of HTML
 
 
@@ -95,12 +78,12 @@ def canonical(
     return without_html(found, a) if html else found
 
 
-# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-010
+# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-007
 def one_row(attributes: Mapping, schema: Schema, html: bool = False) -> pd.DataFrame:  # (1, attributes)
     "The row of the items table that a new item would have; raises ValueError for what cannot be one of its attributes."
     names = {a.name: i for i, a in enumerate(schema)}
     for name in attributes:
-        position(name, names, "attribute")
+        index_of(name, names, "attribute")
     given = {n: v for n, v in attributes.items() if not blank(v)}
     if taken := [a.name for a in schema if a.from_train and a.name in given]:
         raise ValueError(
@@ -132,7 +115,7 @@ def one_row(attributes: Mapping, schema: Schema, html: bool = False) -> pd.DataF
     )
 
 
-# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-014
+# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-011
 def same_towers(encoders: Mapping[str, Callable], store: Path) -> None:
     "Raise ValueError where an encoder is not the one that the store was made with."
     made = json.loads((store / "manifest.json").read_text())["encoders"]
@@ -148,7 +131,7 @@ def same_towers(encoders: Mapping[str, Callable], store: Path) -> None:
             )
 
 
-# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-015
+# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-012
 def content(path: str, who: str) -> bytes:  # who: what the message calls the attribute
     "What is in a file; raises OSError that names the attribute and the file."
     try:
@@ -157,7 +140,7 @@ def content(path: str, who: str) -> bytes:  # who: what the message calls the at
         raise type(error)(f"{who}: {path}: {error.strerror}") from None
 
 
-# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-016
+# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-013
 def new_catalogue(
     data: Data, store: Path, encoders: Mapping[str, Callable], attributes: Mapping
 ) -> Catalogue:
@@ -187,7 +170,7 @@ def new_catalogue(
     return one_item(c, standardise(tables, store), laid)
 
 
-# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-017
+# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-014
 def standardise(tables: Mapping[str, np.ndarray], store: Path) -> dict[str, Tensor]:
     "Vectors on the scale of the store's."
     with safe_open(store / "vectors.safetensors", "pt") as t:
@@ -202,7 +185,7 @@ def standardise(tables: Mapping[str, np.ndarray], store: Path) -> dict[str, Tens
         }
 
 
-# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-018
+# %% ../../nbs/pipeline/08_cold_start.ipynb #cell-015
 def one_item(c: Catalogue, tables: dict[str, Tensor], laid: dict[str, Tensor]) -> Catalogue:
     "The item's triplets beside the catalogue's names and types; its id is masked, as every cold item's is."
 

@@ -23,7 +23,7 @@ __all__ = [
     "examine",
     "look_before",
     "dry_run",
-    "told",
+    "dry_run_text",
 ]
 
 # %% ../../nbs/pipeline/07_dry_run.ipynb #cell-003
@@ -470,7 +470,7 @@ def dry_run(
 
 
 # %% ../../nbs/pipeline/07_dry_run.ipynb #cell-024
-def told(
+def dry_run_text(
     result: Mapping,  # of `dry_run`
 ) -> str:
     "A dry run's result, to read."

@@ -12,7 +12,6 @@ __all__ = [
     "merged",
     "nested",
     "Profile",
-    "profile_names",
     "check_fields",
     "profile_file",
     "read_profile",
@@ -21,13 +20,10 @@ __all__ = [
     "workspace",
     "with_weights",
     "warning",
-    "arguments",
-    "run",
-    "main",
+    "run_profile",
 ]
 
 # %% ../../nbs/pipeline/05_profiles.ipynb #cell-003
-import argparse
 import json
 import os
 import subprocess
@@ -37,11 +33,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from ..core.device import Machine, this_machine
 from ..core.params import kind, read_params, read_yaml, write_params
 from ..data.jsonl import field_at
+from .project import check_profile_name, profile_names
 from .random_weights import stand_ins
 
 # %% ../../nbs/pipeline/05_profiles.ipynb #cell-006
@@ -148,11 +143,6 @@ class Profile:
 
 
 # %% ../../nbs/pipeline/05_profiles.ipynb #cell-011
-def profile_names(root: Path) -> list[str]:  # root: the project's folder
-    "The profiles, those that cannot be read too."
-    return sorted(p.stem for p in (root / "profiles").glob("*.yaml") if p.stem != "gpus")
-
-
 def check_fields(
     told: Mapping,
     wanted: Mapping[str, str],  # name -> kind
@@ -189,9 +179,8 @@ def read_profile(
     root: Path,  # the project's folder
 ) -> Profile:
     "A profile with all that it is based on; raises ValueError that says what is wrong with its file."
+    check_profile_name(name, root)
     known, chain, todo = profile_names(root), [], name
-    if name not in known:
-        raise ValueError(f"profile {name!r}: expected one of {', '.join(known)} (files in profiles/)")
     while todo:
         chain.insert(0, (todo, told := profile_file(todo, root)))
         above, todo = todo, told.get("base")
@@ -233,9 +222,9 @@ def launched(
     "dvc.yaml whose stages embed, pretrain and finetune are run by several processes."
     if processes == 1:
         return dvc
-    command = f"torchrun --standalone --nproc_per_node {processes} -m unirec.pipeline.runner"
+    command = f"torchrun --standalone --nproc_per_node {processes} -m unirec.cli stage"
     for stage in ("embed", "pretrain", "finetune"):
-        dvc = dvc.replace(f"python -m unirec.pipeline.runner {stage}", f"{command} {stage}")
+        dvc = dvc.replace(f"python -m unirec.cli stage {stage}", f"{command} {stage}")
     return dvc
 
 
@@ -333,91 +322,43 @@ def warning(
 
 
 # %% ../../nbs/pipeline/05_profiles.ipynb #cell-031
-def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    "The options, and what goes to `dvc repro`."
-    p = argparse.ArgumentParser(
-        prog="python -m unirec.pipeline.profiles",
-        description=(
-            "Run the seven stages with a profile, in a folder of its own. Other words go to `dvc repro`."
-        ),
-    )
-    p.add_argument("profile", help="a file in profiles/, without .yaml")
-    p.add_argument(
-        "--root", type=Path, default=Path("."), metavar="DIR", help="the project's folder (default: here)"
-    )
-    p.add_argument("--folder", type=Path, metavar="DIR", help="the workspace (default: runs/<profile>)")
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="another value of a parameter, by its dotted name; may be given several times",
-    )
-    p.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="GPUs that share embed, pretrain and finetune (default: %(default)s)",
-    )
-    p.add_argument("--only-make", action="store_true", help="make the workspace, run nothing")
-    return p.parse_known_args(argv)
-
-
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-032
-def run(args: argparse.Namespace, further: Sequence[str]) -> int:  # exit code of dvc
-    "Make the workspace and run DVC in it."
-    root, name = args.root.resolve(), args.profile
+def run_profile(
+    name: str,
+    root: Path,  # the project's folder
+    folder: Path | None = None,  # the workspace; None: runs/<name> in the project's folder
+    changes: Mapping | None = None,  # dotted parameter -> value, over the profile's
+    processes: int = 1,  # that share the stages which can be shared
+    only_make: bool = False,  # make the workspace, run nothing
+    dvc_words: Sequence[str] = (),  # for `dvc repro`
+) -> int:  # exit code of dvc
+    "Make the workspace and run DVC in it; raises ValueError or OSError for what cannot be used."
     profile, machine = read_profile(name, root), this_machine(root)
-    if args.processes < 1 or machine.gpus and args.processes > len(machine.gpus):
+    if processes < 1 or machine.gpus and processes > len(machine.gpus):
         raise ValueError(
-            f"--processes {args.processes}: at least 1, and this machine has {len(machine.gpus)} GPUs"
+            f"--processes {processes}: at least 1, and this machine has {len(machine.gpus)} GPUs"
         )
-    wrong = [s for s in args.set if "=" not in s]
-    if wrong:
-        raise ValueError(f"--set {wrong[0]}: expected NAME=VALUE, model.user_tokens=8 for instance")
-    params = merged(
-        profile.fitted(machine),
-        nested({n: yaml.safe_load(v) for n, _, v in (s.partition("=") for s in args.set)}),
-        "--set",
-    )
-    folder = (args.folder or root / "runs" / name).resolve()
+    params = merged(profile.fitted(machine), nested(changes or {}), "--set")
+    folder = (folder or root / "runs" / name).resolve()
 
-    def say(text):
-        return print(text, file=sys.stderr, flush=True)
+    def log(text):
+        print(text, file=sys.stderr, flush=True)
 
-    if told := warning(profile, machine, root / "profiles" / "dry_run.json"):
-        say(told)
+    if text := warning(profile, machine, root / "profiles" / "dry_run.json"):
+        log(text)
     params = with_weights(profile, params, folder, (root / "params.yaml").read_text().splitlines())
-    workspace(root, folder, params, args.processes)
-    say(f"{name}: {profile.title}; the stages run in {os.path.relpath(folder)}, on {machine.device}")
-    if args.only_make:
+    workspace(root, folder, params, processes)
+    log(f"{name}: {profile.title}; the stages run in {os.path.relpath(folder)}, on {machine.device}")
+    if only_make:
         return 0
     env = os.environ | {
         "PYTHONPATH": str(folder),
         "DVC_NO_ANALYTICS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
-    # nothing random among the real ones
+    # converted random weights are not kept among the real ones
     if profile.random_weights:
         env["UNIREC_CACHE"] = str(folder / "cache")
-    code = subprocess.run([sys.executable, "-m", "dvc", "repro", *further], cwd=folder, env=env).returncode
+    code = subprocess.run([sys.executable, "-m", "dvc", "repro", *dvc_words], cwd=folder, env=env).returncode
     if code == 0:
-        say(f"The page of results: {os.path.relpath(folder / 'reports' / 'index.html')}")
+        log(f"The page of results: {os.path.relpath(folder / 'reports' / 'index.html')}")
     return code
-
-
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-033
-def main(argv: list[str] | None = None) -> int:  # exit code
-    "`python -m unirec.pipeline.profiles <profile>`: what dvc returns, or 2 and one line on stderr where the input is bad."
-    args, further = arguments(argv)
-    try:
-        return run(args, further)
-    except (ValueError, OSError) as error:
-        print(f"unirec: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-034
-if __name__ == "__main__" and "get_ipython" not in globals():
-    sys.exit(main())

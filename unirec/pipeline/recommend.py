@@ -10,7 +10,6 @@ __all__ = [
     "TABLES",
     "look_into",
     "opened",
-    "project_params",
     "block",
     "part_of",
     "dotted",
@@ -50,7 +49,7 @@ from torch import Tensor
 
 from ..baselines.classic import itemknn, markov, mean_vectors, popularity
 from ..core.files import file_sha256
-from ..core.params import kind, read_params, read_yaml
+from ..core.params import read_yaml
 from ..data.histories import Histories
 from ..data.sets import SetSpec
 from ..data.splits import split_hash
@@ -61,7 +60,8 @@ from ..model.events import last_batches
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import MODELS, Scorer, UniRec
-from .cold_start import new_catalogue, position, same_towers
+from .cold_start import new_catalogue, same_towers
+from .project import MODEL_NAMES, check_name, index_of, project_params
 from .runner import stage_params
 from .stages import towers
 
@@ -105,21 +105,6 @@ def opened(path: Path, stage: str, dataset: str, read: Callable = look_into) -> 
 
 
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-011
-def project_params(root: Path) -> dict:
-    "params.yaml and data sets of a project; raises FileNotFoundError that says what the folder should be, ValueError for what are no parameters."
-    path = root / "params.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: there is no such file; run this in the project's folder, or name it (root, --root)"
-        )
-    params = read_params(root)
-    if kind(params.get("encode")) != "mapping":
-        state = f"a {kind(params['encode'])}" if "encode" in params else "missing"
-        raise ValueError(f"{path}: the block 'encode' is {state}, expected a mapping")
-    return params
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-012
 @contextmanager
 def block(name: str) -> Iterator[None]:
     "Settings of which nothing can be made are a ValueError that names their block of params.yaml."
@@ -151,7 +136,7 @@ def dotted(settings: object, name: str = "") -> dict:  # dotted name -> value
     }
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-013
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-012
 def ran_with(root: Path, dataset: str, stage: str) -> dict | None:  # dotted name -> value
     "The settings that a stage ran with, as far as it is recorded."
     run, lock = root / "reports" / "runs" / dataset / f"run_{stage}.json", root / "dvc.lock"
@@ -204,7 +189,7 @@ def same_settings(
         )
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-018
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-017
 EVENTS = ["user", "item", "timestamp", "rating"]
 # the columns of the prepared tables that are read here
 TABLES = {"users": ["user_id"], "train": EVENTS, "valid": EVENTS, "test": EVENTS}
@@ -231,7 +216,7 @@ def needed(root: Path, dataset: str, model: str) -> None:
             )
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-019
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-018
 def in_place(root: Path, dataset: str) -> tuple[list[str], np.ndarray]:  # (U,) user ids, (U,) test items
     "The users and what they chose next; raises ValueError that names a table whose rows are not those that `prepare` wrote."
     path = {n: root / "prepared" / dataset / f"{n}.parquet" for n in ("items", *TABLES)}
@@ -276,7 +261,7 @@ def in_place(root: Path, dataset: str) -> tuple[list[str], np.ndarray]:  # (U,) 
     return users.astype(str).tolist(), parts["test"]["item"].to_numpy(np.int64)
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-020
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-019
 def same_data(root: Path, dataset: str) -> None:
     "Raise ValueError where the tables or vectors are not those that stage 2 was trained on, as far as it is recorded."
     run = root / "reports" / "runs" / dataset / "run_finetune.json"
@@ -299,7 +284,7 @@ def same_data(root: Path, dataset: str) -> None:
         )
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-022
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-021
 def usual_times(train: Histories, n: int) -> np.ndarray:  # (n,) int64, ms
     "Times for `n` events at the median gap of train, the last one at train's last moment."
     same = np.diff(train.users) == 0
@@ -307,7 +292,7 @@ def usual_times(train: Histories, n: int) -> np.ndarray:  # (n,) int64, ms
     return train.times.max() - gap * np.arange(n - 1, -1, -1, dtype=np.int64)
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-025
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-024
 @dataclass
 class Trained:
     "A trained model, what is known of its users, and the names of everything."
@@ -348,13 +333,13 @@ class Trained:
 
     def user_at(self, user: str) -> int:
         "The row of a user; raises ValueError with near matches."
-        return position(user, self._user_rows, "user")
+        return index_of(user, self._user_rows, "user")
 
     def items_at(self, items: Sequence[str]) -> np.ndarray:
         "(n,) the rows of items; raises ValueError with near matches, or where there is none."
         if isinstance(items, str) or not len(items):
             raise ValueError(f"a history is a list of at least one item id, got {items!r}")
-        return np.array([position(i, self._item_rows, "item") for i in items], np.int64)
+        return np.array([index_of(i, self._item_rows, "item") for i in items], np.int64)
 
     @cached_property
     def _user_rows(self) -> dict[str, int]:
@@ -379,13 +364,13 @@ class Trained:
         return Histories.from_frame(frame, 1, len(self.data.items))
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-027
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-026
 def said(r: Trained, near: Sequence[tuple[int, float]]) -> str:
     "Nearest events in words."
     return ", ".join(f"{r.titles[i]} ({x:.2f})" for i, x in near)
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-028
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-027
 def places(top: int) -> None:
     "Raise ValueError for a list without places."
     if top < 1:
@@ -417,7 +402,7 @@ def listed(r: Trained, h: Histories, u: int, top: int) -> pd.DataFrame:
     return pd.DataFrame(columns | {"item": items})
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-030
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-029
 @torch.no_grad()
 def with_new(
     r: Trained, vector: Tensor, h: Histories, users: np.ndarray
@@ -432,7 +417,7 @@ def with_new(
     return np.stack([ranks, own[:, 0].numpy()], 1)
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-032
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-031
 def restored(data: Data, params: Mapping, models: Path, name: str) -> UniRec:
     "A UniRec model from the checkpoint of stage 2."
     with block("model"):
@@ -442,14 +427,14 @@ def restored(data: Data, params: Mapping, models: Path, name: str) -> UniRec:
     return UniRec(data.catalogue, config, llm).restore(models / "finetune" / f"{name}.safetensors").eval()
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-033
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-032
 def counted(name: str, data: Data, settings: Mapping) -> Callable:  # params.yaml's `baselines`
     "A model that counts; raises ValueError that names its settings where they are none."
     with block(f"baselines.{name}"):
         return COUNTING[name](data, settings)
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-034
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-033
 class Answering(Trained):
     "A trained model that answers for users: those of the data set, and new ones."
 
@@ -464,8 +449,8 @@ class Answering(Trained):
         "From the pipeline's artefacts; raises ValueError for unknown names and for what does not belong together, FileNotFoundError for what has not been made yet."
         root = Path(root)
         params = project_params(root) if params is None else params
-        position(dataset, dict.fromkeys(params["sets"], 0), "data set")
-        position(model, dict.fromkeys([*MODELS, *COUNTING], 0), "model")
+        check_name(dataset, params["sets"], "data set")
+        check_name(model, MODEL_NAMES, "model")
         same_settings(
             root,
             dataset,
@@ -521,7 +506,7 @@ class Answering(Trained):
         return listed(self, self.events(items, times, ratings), 0, top).drop(columns="item")
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-036
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-035
 class Recommender(Answering):
     "A trained model that answers for new items too; made by `Recommender.load`."
 
