@@ -58,11 +58,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, memory_width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v = (
-            nn.Linear(width, width),
-            nn.Linear(memory_width, width),
-            nn.Linear(memory_width, width),
-        )
+        self.q = nn.Linear(width, width)
+        self.k, self.v = nn.Linear(memory_width, width), nn.Linear(memory_width, width)
         self.out = nn.Linear(width, width)
 
     def forward(
@@ -74,51 +71,69 @@ class Attention(nn.Module):
         # gets the attention weights (B, H, Q, T), zero where nothing may be read
         maps: list | None = None,
     ) -> Tensor:  # (B, Q, D)
-        def split(t):
-            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D/H)
-
-        (b, t, m), (n, d), h = memory.shape, x.shape[1:], self.heads
+        "What each query reads, by the cheaper of two algorithms."
         attend, empty = mask, None
         if mask is not None:
             empty = ~mask.any(-1, keepdim=True)  # (B, 1, Q, 1)
             attend = mask | empty
             if bias is not None:
                 attend = bias.masked_fill(~attend, torch.finfo(bias.dtype).min)
-        query = split(self.q(x))
-        if maps is None and n * (d + h * t) >= t * d:
-            y = F.scaled_dot_product_attention(
-                query.expand(b, -1, -1, -1), split(self.k(memory)), split(self.v(memory)), attend
-            ).transpose(1, 2)
+        query = self.split(self.q(x))
+        if maps is None and self.keys_pay(queries=x.shape[1], members=memory.shape[1]):
+            read = self.with_keys(query, memory, attend)
         else:
-            # the question in the memory's space
-            asked = torch.einsum(
-                "bhqd,hdm->bhqm", query * (d // h) ** -0.5, self.k.weight.unflatten(0, (h, -1))
-            )
-            if len(asked) == 1:
-                scores = (
-                    (memory.reshape(b * t, m) @ asked.view(h * n, m).T).view(b, t, h, n).permute(0, 2, 3, 1)
-                )
-            else:
-                scores = (asked.flatten(1, 2) @ memory.mT).view(b, h, n, t)
-            if attend is not None:
-                scores = (
-                    scores.masked_fill(~attend, torch.finfo(scores.dtype).min)
-                    if attend.dtype == torch.bool
-                    else scores + attend
-                )
-            weights = scores.softmax(-1).to(memory.dtype)
+            read, weights = self.without_keys(query, memory, attend)
             if maps is not None:
                 maps.append((weights if empty is None else weights.masked_fill(empty, 0.0)).detach())
-            read = (weights.reshape(b, h * n, t) @ memory).view(b, h, n, m)
-            y = torch.einsum("bhqm,hdm->bqhd", read, self.v.weight.unflatten(0, (h, -1))) + self.v.bias.view(
-                h, -1
-            )
+        read = read.transpose(1, 2)  # (B, Q, H, D/H)
         if empty is not None:
-            y = y.masked_fill(empty.transpose(1, 2), 0.0)
-        return self.out(y.flatten(2))
+            read = read.masked_fill(empty.transpose(1, 2), 0.0)
+        return self.out(read.flatten(2))
+
+    def split(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, H, n, D/H)
+        "The heads of a vector."
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_pay(self, queries: int, members: int) -> bool:
+        "Does `with_keys` take no more multiplications than `without_keys`?"
+        width = self.out.in_features
+        return members * width <= queries * (width + self.heads * members)
+
+    def with_keys(
+        self,
+        query: Tensor,  # (B or 1, H, Q, D/H)
+        memory: Tensor,  # (B, T, M)
+        # (B, 1, Q, T) bool, True = may read; or float, added to the scores; None: all may be read
+        attend: Tensor | None,
+    ) -> Tensor:  # (B, H, Q, D/H)
+        "The plain algorithm: a key and a value for every member of the memory."
+        query = query.expand(len(memory), -1, -1, -1)
+        key, value = self.split(self.k(memory)), self.split(self.v(memory))
+        return F.scaled_dot_product_attention(query, key, value, attend)
+
+    def without_keys(
+        self, query: Tensor, memory: Tensor, attend: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # (B, H, Q, D/H), and the weights (B, H, Q, T)
+        "The same in another order: queries in the memory's space, values of averages only."
+        (b, t, m), (_, h, n, d) = memory.shape, query.shape
+        key, value = (layer.weight.unflatten(0, (h, -1)) for layer in (self.k, self.v))  # (H, D/H, M)
+        asked = torch.einsum("bhqd,hdm->bhqm", query * d**-0.5, key)
+        if len(asked) == 1:  # the same queries for every memory: one product
+            flat = memory.reshape(b * t, m) @ asked.view(h * n, m).T
+            scores = flat.view(b, t, h, n).permute(0, 2, 3, 1)
+        else:
+            scores = (asked.flatten(1, 2) @ memory.mT).view(b, h, n, t)
+        if attend is not None and attend.dtype == torch.bool:
+            scores = scores.masked_fill(~attend, torch.finfo(scores.dtype).min)
+        elif attend is not None:
+            scores = scores + attend
+        weights = scores.softmax(-1).to(memory.dtype)
+        mean = (weights.reshape(b, h * n, t) @ memory).view(b, h, n, m)
+        read = torch.einsum("bhqm,hdm->bqhd", mean, value) + self.v.bias.view(h, -1)
+        return read.transpose(1, 2), weights
 
 
-# %% ../../nbs/model/02_qformer.ipynb #cell-014
+# %% ../../nbs/model/02_qformer.ipynb #cell-016
 class QFormerLayer(nn.Module):
     "Self-attention among K queries, cross-attention to the memory, feed-forward; norms behind, as BLIP-2."
 
@@ -126,32 +141,30 @@ class QFormerLayer(nn.Module):
         super().__init__()
         self.self_attention = SelfAttention(c.width, c.heads)
         self.cross_attention = Attention(c.width, c.memory_width, c.heads) if cross else None
-        self.up, self.down = (
-            nn.Linear(c.width, c.expansion * c.width),
-            nn.Linear(c.expansion * c.width, c.width),
-        )
-        self.norm_self, self.norm_cross, self.norm_mlp = (
-            nn.LayerNorm(c.width, eps=c.eps) if used else None for used in (True, cross, True)
-        )
+        self.up = nn.Linear(c.width, c.expansion * c.width)
+        self.down = nn.Linear(c.expansion * c.width, c.width)
+        self.norm_self = nn.LayerNorm(c.width, eps=c.eps)
+        self.norm_cross = nn.LayerNorm(c.width, eps=c.eps) if cross else None
+        self.norm_mlp = nn.LayerNorm(c.width, eps=c.eps)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(
         self,
-        x: Tensor,
-        memory: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        maps: list | None,
-        groups: int,
-    ) -> Tensor:  # x (B or 1, P or 1, K, D)
+        x: Tensor,  # (B or 1, P or 1, K, D)
+        memory: Tensor,  # (B, T, M)
+        mask: Tensor | None,  # (B, 1, P * K, T) bool
+        bias: Tensor | None,  # (B, H, P * K, T)
+        maps: list | None,  # gets the attention weights
+        groups: int,  # P
+    ) -> Tensor:  # (B or 1, P, K, D)
         x = self.norm_self(x + self.dropout(self.self_attention(x.flatten(0, 1)).view(x.shape)))
-        x = x.expand(-1, groups, -1, -1).flatten(1, 2)  # (B or 1, P*K, D)
-        if self.cross_attention is not None:
+        x = x.expand(-1, groups, -1, -1).flatten(1, 2)  # (B or 1, P * K, D)
+        if self.cross_attention is not None and self.norm_cross is not None:
             x = self.norm_cross(x + self.dropout(self.cross_attention(x, memory, mask, bias, maps)))
         return self.norm_mlp(x + self.dropout(self.down(F.gelu(self.up(x))))).unflatten(1, (groups, -1))
 
 
-# %% ../../nbs/model/02_qformer.ipynb #cell-015
+# %% ../../nbs/model/02_qformer.ipynb #cell-017
 class QFormer(nn.Module):
     "K learned queries read a set; P groups of them may read it through P masks."
 
@@ -187,15 +200,17 @@ class QFormer(nn.Module):
             mask = mask.repeat_interleave(k, 1)[:, None]  # (B, 1, P*K, T)
         if bias is not None:
             bias = bias.repeat_interleave(k, 2)  # (B, H, P*K, T)
-        x = self.dropout(
-            self.norm(self.queries)[None, None] if start is None else self.norm(self.queries + start)
-        )
+        if start is None:
+            x = self.norm(self.queries)[None, None]  # the same for every set and group
+        else:
+            x = self.norm(self.queries + start)
+        x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, memory, mask, bias, maps, p)
         return x
 
 
-# %% ../../nbs/model/02_qformer.ipynb #cell-025
+# %% ../../nbs/model/02_qformer.ipynb #cell-027
 def load_blip2(
     net: QFormer,
     state: dict[str, Tensor],  # state_dict of transformers' Blip2QFormerModel
