@@ -22,6 +22,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,10 +36,11 @@ from ..core.files import file_sha256, locate
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # %% ../../nbs/model/07_llm.ipynb #cell-007
-ADAPT, QUERY, FORM = ("lora", "frozen", "random_init", "none"), ("residual", "llm"), ("compact", "plain")
+ADAPT = ("lora", "frozen", "random_init", "none")
+QUERY = ("residual", "llm")
+FORM = ("compact", "plain")
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-008
 @dataclass
 class LLMConfig:
     "Which language model reads, how much of it, and its adapters."
@@ -71,149 +73,171 @@ class LLMConfig:
             raise ValueError("llm.query is llm and llm.adapt is none: there would be no query")
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-011
+# %% ../../nbs/model/07_llm.ipynb #cell-010
 def cache_folder() -> Path:
     "Where converted weights are kept: $UNIREC_CACHE, else ~/.cache/unirec."
     return Path(os.environ.get("UNIREC_CACHE", Path.home() / ".cache" / "unirec"))
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-012
-def convert_llm(config: LLMConfig) -> Path:
-    "Dequantise a model's first layers and embed the prompt's words, into the cache; returns the entry's folder."
+def _weights_sha256(source: Path) -> str:  # a .gguf file, or a folder with safetensors
+    "What names the weights of a model."
+    if source.suffix == ".gguf":
+        return file_sha256(source)
+    return "-".join(file_sha256(f)[:16] for f in sorted(source.glob("*.safetensors")))
+
+
+def _pretrained(source: Path) -> tuple[Any, Any]:
+    "The model in float32, dequantised where it is a .gguf file, and its tokenizer."
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = locate(config.uri)
-    gguf = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
-    weights = (
-        file_sha256(source)
-        if gguf
-        else "-".join(file_sha256(f)[:16] for f in sorted(source.glob("*.safetensors")))
+    folder, file, quantisation = source, {}, {}
+    if source.suffix == ".gguf":
+        folder, file = source.parent, {"gguf_file": source.name}
+        quantisation = {"quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, **file, **quantisation, dtype=torch.float32, local_files_only=True
     )
-    key = hashlib.sha256(
-        json.dumps([weights, config.layers, config.prompt, config.question]).encode()
-    ).hexdigest()[:16]
-    entry = cache_folder() / f"llm-{key}"
+    return model, AutoTokenizer.from_pretrained(folder, **file, local_files_only=True)
+
+
+# %% ../../nbs/model/07_llm.ipynb #cell-011
+def convert_llm(config: LLMConfig) -> Path:
+    "Dequantise a model's first layers and embed the prompt's words; returns the folder in the cache."
+    source = locate(config.uri)
+    weights = _weights_sha256(source)
+    key = json.dumps([weights, config.layers, config.prompt, config.question])
+    entry = cache_folder() / f"llm-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if (entry / "model.safetensors").exists():
         return entry
-    folder = source.parent if gguf else source
-    quantisation = {"quantization_config": GgufConfig(dequantize=True)} if gguf else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, **gguf, **quantisation, dtype=torch.float32, local_files_only=True
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, **gguf, local_files_only=True)
-    body, keep = model.model, config.layers or model.config.num_hidden_layers
-    if keep > model.config.num_hidden_layers:
-        raise ValueError(
-            f"llm.layers is {keep}, but {config.uri} has {model.config.num_hidden_layers} layers"
-        )
-    state = {
-        k: v.to(torch.bfloat16).contiguous()
-        for k, v in body.state_dict().items()
-        if not k.startswith("embed_tokens") and not (k.startswith("layers.") and int(k.split(".")[1]) >= keep)
-    }
-    words = body.embed_tokens.weight.detach()
+    model, tokenizer = _pretrained(source)
+    total = model.config.num_hidden_layers
+    layers = config.layers or total
+    if layers > total:
+        raise ValueError(f"llm.layers is {layers}, but {config.uri} has {total} layers")
+    words = model.model.embed_tokens.weight.detach()
 
-    def embedded(text: str) -> Tensor:
+    def embedded(text: str) -> Tensor:  # (tokens, D)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"llm: {config.uri}'s tokenizer makes no token of {text!r}")
         return words[ids].clone()
 
-    extra = {
+    tensors = _first_layers(model.model, layers) | {
         "prompt_embeddings": embedded(config.prompt),
         "question_embeddings": embedded(config.question),
         "word_rms": words.pow(2).mean().sqrt().reshape(1),
     }
-    shape = {
-        k: v
-        for k, v in model.config.to_dict().items()
-        if k not in ("quantization_config", "dtype", "architectures")
-    } | {"num_hidden_layers": keep}
+    _write_entry(entry, _shape(model.config, layers) | {"weights_sha256": weights}, tensors)
+    return entry
+
+
+def _first_layers(body: nn.Module, layers: int) -> dict[str, Tensor]:
+    "The body's weights in bfloat16, without words and without the layers behind the first ones."
+    kept = {}
+    for name, tensor in body.state_dict().items():
+        left_out = name.startswith("layers.") and int(name.split(".")[1]) >= layers
+        if not name.startswith("embed_tokens") and not left_out:
+            kept[name] = tensor.to(torch.bfloat16).contiguous()
+    return kept
+
+
+def _shape(config: Any, layers: int) -> dict:
+    "The settings that rebuild a body of so many layers."
+    unused = ("quantization_config", "dtype", "architectures")
+    shape = {name: value for name, value in config.to_dict().items() if name not in unused}
+    shape["num_hidden_layers"] = layers
     if shape.get("layer_types"):
-        shape["layer_types"] = shape["layer_types"][:keep]
+        shape["layer_types"] = shape["layer_types"][:layers]
+    return shape
+
+
+def _write_entry(entry: Path, settings: dict, tensors: dict[str, Tensor]) -> None:
+    "Write an entry of the cache at once or not at all."
     temporary = entry.with_suffix(f".{os.getpid()}")
     temporary.mkdir(parents=True, exist_ok=True)
-    (temporary / "config.json").write_text(json.dumps({**shape, "weights_sha256": weights}, default=str))
-    save_file(state | extra, temporary / "model.safetensors")
+    (temporary / "config.json").write_text(json.dumps(settings, default=str))
+    save_file(tensors, temporary / "model.safetensors")
     try:
         temporary.rename(entry)
     except OSError:
         pass  # another process was first; its entry is the same
-    return entry
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-013
-def load_llm(config: LLMConfig) -> tuple[nn.Module, Tensor, float, str, Tensor]:
-    "Body without words, embeddings (C, D) of the constant text, root mean square of the words, sha256 of the weights, embeddings (Q, D) of the question."
-    from transformers.models.auto import CONFIG_MAPPING, MODEL_MAPPING
-
+# %% ../../nbs/model/07_llm.ipynb #cell-012
+def load_llm(
+    config: LLMConfig,
+) -> tuple[nn.Module, Tensor, float, str, Tensor]:
+    """Body without words, embeddings (C, D) of the constant text, root mean square of the words,
+    sha256 of the weights, embeddings (Q, D) of the question."""
     entry = convert_llm(config)
     settings = json.loads((entry / "config.json").read_text())
+    weights = settings.pop("weights_sha256")
+    body, shape = _empty_body(settings)
+    state = load_file(entry / "model.safetensors")
+    prompt, question = state.pop("prompt_embeddings"), state.pop("question_embeddings")
+    rms = float(state.pop("word_rms"))
+    if config.adapt == "random_init":
+        generator = torch.Generator().manual_seed(config.seed)
+        state = _random_weights(state, shape.initializer_range, generator)
+        prompt, question = (_normal(words, rms, generator) for words in (prompt, question))
+    dtype = getattr(torch, pick_dtype(config.dtype))
+    body.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
+    body.rotary_emb = type(body.rotary_emb)(shape)  # its buffers are no weights
+    return body.requires_grad_(False), prompt, rms, weights, question
+
+
+def _empty_body(settings: dict) -> tuple[Any, Any]:
+    "A model of the given settings that takes embeddings only; its weights take no memory yet."
+    from transformers.models.auto import CONFIG_MAPPING, MODEL_MAPPING
+
+    unused = ("model_type", "transformers_version")
     shape = CONFIG_MAPPING[settings["model_type"]](
-        **{
-            k: v
-            for k, v in settings.items()
-            if k not in ("model_type", "weights_sha256", "transformers_version")
-        }
+        **{name: value for name, value in settings.items() if name not in unused}
     )
     shape.vocab_size, shape.pad_token_id, shape._attn_implementation, shape.use_cache = 1, None, "sdpa", False
     with torch.device("meta"):
         body = MODEL_MAPPING[type(shape)](shape)
-    state = load_file(entry / "model.safetensors")
-    prompt, question, rms = (
-        state.pop("prompt_embeddings"),
-        state.pop("question_embeddings"),
-        float(state.pop("word_rms")),
-    )
-    if config.adapt == "random_init":
-        # matrices and words at random, as before any pretraining; norms at one
-        g = torch.Generator().manual_seed(config.seed)
-
-        def drawn(t, std):
-            return torch.empty(t.shape).normal_(0, std, generator=g).to(t.dtype)
-
-        state = {
-            k: (
-                drawn(v, shape.initializer_range)
-                if v.ndim > 1
-                else torch.zeros_like(v)
-                if k.endswith("bias")
-                else torch.ones_like(v)
-            )
-            for k, v in state.items()
-        }
-        prompt, question = drawn(prompt, rms), drawn(question, rms)
     body.embed_tokens = nn.Identity()
-    dtype = getattr(torch, pick_dtype(config.dtype))
-    body.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
-    body.rotary_emb = type(body.rotary_emb)(shape)
-    return body.requires_grad_(False), prompt, rms, settings["weights_sha256"], question
+    return body, shape
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-016
+def _normal(like: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    "Normal numbers in the shape and type of a tensor."
+    return torch.empty(like.shape).normal_(0, std, generator=generator).to(like.dtype)
+
+
+def _random_weights(state: dict[str, Tensor], std: float, generator: torch.Generator) -> dict[str, Tensor]:
+    "Weights as before any pretraining: matrices at random, biases at zero, norms at one."
+    drawn = {}
+    for name, tensor in state.items():
+        if tensor.ndim > 1:
+            drawn[name] = _normal(tensor, std, generator)
+        else:
+            drawn[name] = torch.zeros_like(tensor) if name.endswith("bias") else torch.ones_like(tensor)
+    return drawn
+
+
+# %% ../../nbs/model/07_llm.ipynb #cell-015
 def lora_modules(body: nn.Module) -> list[str]:
     "Names of the linear layers that get adapters; raises ValueError where there are none."
-    found = {n.rpartition(".")[2] for n, m in body.named_modules() if isinstance(m, nn.Linear)} & set(
-        LORA_MODULES
-    )
-    if not found:
+    linear = {n.rpartition(".")[2] for n, m in body.named_modules() if isinstance(m, nn.Linear)}
+    names = [n for n in LORA_MODULES if n in linear]
+    if not names:
         raise ValueError(f"{type(body).__name__} has none of the linear layers {', '.join(LORA_MODULES)}")
-    return [n for n in LORA_MODULES if n in found]
+    return names
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-018
+# %% ../../nbs/model/07_llm.ipynb #cell-017
 def adapted(body: nn.Module, config: LLMConfig) -> nn.Module:
     "The body with trainable adapters on its frozen layers; as it is where `adapt` is frozen."
     if config.adapt == "frozen":
         return body
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        body,
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=lora_modules(body),
-        ),
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=lora_modules(body),
     )
+    return get_peft_model(body, lora)
