@@ -1,4 +1,4 @@
-"""Run every check of the project and count them: `python tests/run_all.py [--only house notebooks pytest]`.
+"""Run every check of the project and count them: `python tests/run_all.py [--only house style notebooks pytest]`.
 
 The last line is `N passed, N failed`, notebooks and tests together; the exit code is 1 when anything failed.
 Nothing in this tree is changed: what export, clean and the README would change is found in a copy.
@@ -91,6 +91,20 @@ def check_house(counts: Counter) -> None:
                 print(output, flush=True)
 
 
+def check_style(counts: Counter) -> None:
+    "Format, lint and types of notebooks, package and tests."
+    for name, command in (
+        ("ruff format --check", [tool("ruff"), "format", "--check", "."]),
+        ("ruff check", [tool("ruff"), "check", "."]),
+        ("pyright", [tool("pyright")]),
+    ):
+        code, output = run(command, ROOT)
+        missing = name == "pyright" and code not in (0, 1)  # it fetches its own program once, from npm
+        report(counts, None if missing else code == 0, name, "it does not run here" if missing else "")
+        if code != 0:
+            print(output[-20_000:], flush=True)
+
+
 def check_notebook(path: Path) -> tuple[Path, bool | None, float, str]:
     "Run one notebook by nbdev_test, in a process of its own."
     start = time.monotonic()
@@ -142,7 +156,7 @@ def check_pytest(counts: Counter) -> None:
             report(counts, False, "pytest", f"it ended with {done.returncode}")
 
 
-PARTS = {"house": check_house, "notebooks": check_notebooks, "pytest": check_pytest}
+PARTS = {"house": check_house, "style": check_style, "notebooks": check_notebooks, "pytest": check_pytest}
 
 
 def main() -> int:
