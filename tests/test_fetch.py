@@ -25,7 +25,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from unirec.core.files import beside, gunzip, own_trouble, unzip, write_json
+from unirec.core.files import advise_on_disk_errors, gunzip, sibling_path, unzip, write_json
 from unirec.core.params import read_params
 from unirec.data import sources
 from unirec.data.datasets import download
@@ -453,7 +453,7 @@ def test_a_full_disk_is_told_as_such(tmp_path):
         pytest.skip("this system has no /dev/full")
     with (
         pytest.raises(OSError, match="free some space") as e,
-        own_trouble(tmp_path / "f.bin"),
+        advise_on_disk_errors(tmp_path / "f.bin"),
         open("/dev/full", "wb", buffering=0) as f,
     ):
         f.write(b"x")
@@ -796,7 +796,7 @@ def test_a_full_disk_is_no_fault_of_a_picture(server, tmp_path, monkeypatch):
     def full(part, path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("unirec.data.pictures.settle", full)
+    monkeypatch.setattr("unirec.data.pictures.move_into_place", full)
     with pytest.raises(OSError, match="free some space"):
         fetch_pictures(shop(server, GOOD), tmp_path / "images.zip", patience=QUICK)
     assert not (tmp_path / "images.zip").exists() and not (tmp_path / "images.zip.failures.json").exists()
@@ -904,7 +904,7 @@ def test_a_set_by_name_goes_through_the_download_stage(server, tmp_path, monkeyp
     assert (
         set(files)
         == {"Toys.jsonl", "images.zip", "images.zip.failures.json", "meta_Toys.jsonl", "source.json"}
-        and not beside(tmp_path / "raw", ".part").exists()
+        and not sibling_path(tmp_path / "raw", ".part").exists()
     )
     said = json.loads((tmp_path / "raw" / "source.json").read_text())
     assert (

@@ -14,10 +14,11 @@ from pathlib import Path
 
 # %% ../../nbs/core/02_memory.ipynb #cell-005
 def peak_memory_mb(
-    status: Path = Path("/proc/self/status"),  # where the kernel says it; not there: `ru_maxrss`
+    status: Path = Path("/proc/self/status"),  # the kernel's figures; `ru_maxrss` where there is no such file
 ) -> float:  # MB of 2^20 bytes
     "The largest resident memory of this process so far."
     mark = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
     if mark:
         return int(mark[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import beside, inside, locate, write_json
+from ..core.files import locate, sibling_path, stays_in_folder, write_json
 from .marketplace import SampleConfig
 from .readers import first_photos
 from .sample import write_sample
@@ -64,9 +64,9 @@ def copy_photos(
     shutil.copyfile(listed, folder / listed.name)
     asked = sorted(set(first_photos(folder).values()))
     failures = {
-        n: "its name leaves the folder" if not inside(n) else "it is not in the folder photos"
+        n: "its name leaves the folder" if not stays_in_folder(n) else "it is not in the folder photos"
         for n in asked
-        if not (inside(n) and (source / n).is_file())
+        if not (stays_in_folder(n) and (source / n).is_file())
     }
     with zipfile.ZipFile(folder / "images.zip", "w", zipfile.ZIP_STORED) as z:
         for n in asked:
@@ -86,7 +86,7 @@ def download(
 ) -> dict:  # {file name: bytes}
     "Fetch the raw files of a data set."
     part, named = (
-        beside(folder, ".part"),
+        sibling_path(folder, ".part"),
         spec.source.removeprefix("get:") if spec.source.startswith("get:") else None,
     )
     pictures = [a.source for a in spec.schema.of("image")] if spec.options.get("pictures") else []

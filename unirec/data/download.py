@@ -47,7 +47,14 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError as BodyError
 from urllib3.exceptions import NameResolutionError, ProtocolError
 
-from ..core.files import beside, file_sha256, own_trouble, read_json, settle, write_json
+from unirec.core.files import (
+    advise_on_disk_errors,
+    file_sha256,
+    move_into_place,
+    read_json,
+    sibling_path,
+    write_json,
+)
 
 
 # %% ../../nbs/data/06_download.ipynb #cell-006
@@ -110,9 +117,9 @@ def stands(
     "Is the file there, and right? One that was put there by hand, where no sha256 is known, is taken and recorded."
     if not path.is_file():
         return False
-    found, record = file_sha256(path), read_json(beside(path, ".sha256.json"))
+    found, record = file_sha256(path), read_json(sibling_path(path, ".sha256.json"))
     if sha256 is None and not record:
-        write_json(beside(path, ".sha256.json"), {"from": "put here by hand", "sha256": found})
+        write_json(sibling_path(path, ".sha256.json"), {"from": "put here by hand", "sha256": found})
         return True
     return found == (sha256 or record.get("sha256"))
 
@@ -121,7 +128,7 @@ def stands(
 def discard(part: Path) -> None:
     "Forget what has come of a file."
     part.unlink(missing_ok=True)
-    beside(part, ".json").unlink(missing_ok=True)
+    sibling_path(part, ".json").unlink(missing_ok=True)
 
 
 # %% ../../nbs/data/06_download.ipynb #cell-017
@@ -131,7 +138,7 @@ def resume(
     pinned: bool,  # is the sha256 known?
 ) -> tuple[int, dict, dict]:  # bytes to keep, the note, headers that ask for the rest
     "What can be kept of an earlier attempt."
-    note, have = read_json(beside(part, ".json")), part.stat().st_size if part.exists() else 0
+    note, have = read_json(sibling_path(part, ".json")), part.stat().st_size if part.exists() else 0
     same = note.get("url") == url
     validator, total = note.get("validator") if same else None, note.get("total")
     if not have or not (same or pinned) or not (validator or total) or (total and have > total):
@@ -225,7 +232,7 @@ def attempt(
     session: requests.Session, url: str, path: Path, pinned: bool, patience: Patience, bar: tqdm | None
 ) -> None:
     "Ask once for what is missing of `<name>.part`; raises Passing or Refused."
-    part = beside(path, ".part")
+    part = sibling_path(path, ".part")
     have, note, headers = resume(part, url, pinned)
     if have and have == note.get("total"):
         return
@@ -246,7 +253,9 @@ def attempt(
             raise OSError(errno.ENOSPC, f"{total - start:,} bytes are to come, {free:,} are free", str(part))
         if not start:
             discard(part)  # before the note: a kill in between must not give old bytes a new note
-        write_json(beside(part, ".json"), {"url": url, "validator": validator(r.headers), "total": total})
+        write_json(
+            sibling_path(part, ".json"), {"url": url, "validator": validator(r.headers), "total": total}
+        )
         if bar is not None:
             bar.total, bar.n = total, start
             bar.refresh()
@@ -294,7 +303,7 @@ def persist(
 ) -> None:
     "Bring `<name>.part` to its end from one address; raises Passing or Refused."
     part, grow = (
-        beside(path, ".part"),
+        sibling_path(path, ".part"),
         wait_exponential_jitter(multiplier=patience.wait, max=patience.longest, jitter=patience.wait),
     )
 
@@ -327,7 +336,7 @@ def checked(
     session: requests.Session, url: str, path: Path, sha256: str | None, patience: Patience, bar: tqdm | None
 ) -> str:  # its sha256
     "`<name>.part` from one address, whole and with the right sha256; raises Passing or Refused."
-    part = beside(path, ".part")
+    part = sibling_path(path, ".part")
     while True:
         kept = part.exists()
         persist(session, url, path, sha256 is not None, patience, bar)
@@ -370,9 +379,9 @@ def fetch(
 ) -> Path:
     "A file that is there, whole and right; raises FetchError, or OSError where this machine is the cause."
     path = Path(path)
-    with own_trouble(path):
+    with advise_on_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(beside(path, ".lock")):  # of two processes one fetches, the other finds it there
+        with FileLock(sibling_path(path, ".lock")):  # of two processes one fetches, the other finds it there
             if stands(path, sha256):
                 return path
             with (
@@ -380,10 +389,10 @@ def fetch(
                 requests.Session() as session,
             ):
                 url, found = bring(urls, path, session, sha256, patience, bar)
-            settle(beside(path, ".part"), path)
-            discard(beside(path, ".part"))
+            move_into_place(sibling_path(path, ".part"), path)
+            discard(sibling_path(path, ".part"))
             if sha256 is None:
-                write_json(beside(path, ".sha256.json"), {"from": url, "sha256": found})
+                write_json(sibling_path(path, ".sha256.json"), {"from": url, "sha256": found})
     return path
 
 
@@ -398,9 +407,9 @@ def fetch_hub(
 ) -> Path:
     "A file of a data set on the Hugging Face hub at `path`; raises FetchError, or OSError where this machine is the cause."
     path, url = Path(path), f"hub:{repo}@{revision}/{filename}"
-    with own_trouble(path):
+    with advise_on_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(beside(path, ".lock")):
+        with FileLock(sibling_path(path, ".lock")):
             if stands(path, sha256):
                 return path
             try:
@@ -410,7 +419,7 @@ def fetch_hub(
                         filename,
                         repo_type="dataset",
                         revision=revision,
-                        local_dir=beside(path, ".hub"),
+                        local_dir=sibling_path(path, ".hub"),
                         endpoint=endpoint,
                     )
                 )
@@ -423,10 +432,10 @@ def fetch_hub(
             if sha256 not in (None, found):
                 got.unlink()
                 raise FetchError(path, {url: f"its sha256 is {found}, expected {sha256}"}, sha256)
-            settle(got, path)
-            shutil.rmtree(beside(path, ".hub"))
+            move_into_place(got, path)
+            shutil.rmtree(sibling_path(path, ".hub"))
             if sha256 is None:
-                write_json(beside(path, ".sha256.json"), {"from": url, "sha256": found})
+                write_json(sibling_path(path, ".sha256.json"), {"from": url, "sha256": found})
     return path
 
 

@@ -33,7 +33,14 @@ from PIL import Image, UnidentifiedImageError
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from ..core.files import PICTURE_FORMATS, beside, inside, own_trouble, settle, write_json
+from unirec.core.files import (
+    PICTURE_FORMATS,
+    advise_on_disk_errors,
+    move_into_place,
+    sibling_path,
+    stays_in_folder,
+    write_json,
+)
 from .download import FetchError, Patience, bring, discard
 from .jsonl import decode_json, field_at, file_lines, parse_records
 from .values import main_picture
@@ -104,7 +111,7 @@ def fetch_picture(
     session: requests.Session,
 ) -> tuple[Path, set[str], bool]:  # its file, what it is, was it fetched now?
     "A picture that was looked at; raises ValueError or FetchError with the cause."
-    if not inside(name):
+    if not stays_in_folder(name):
         raise ValueError("its name leaves the shard")
     path = store / hashlib.sha256(f"{name}\n{url}".encode()).hexdigest()
     if path.exists():
@@ -113,12 +120,12 @@ def fetch_picture(
         raise ValueError("its address is not of the web")
     bring([url], path, session, patience=patience)
     try:
-        kind = examine(beside(path, ".part").read_bytes(), limits)
+        kind = examine(sibling_path(path, ".part").read_bytes(), limits)
     except ValueError:
-        discard(beside(path, ".part"))
+        discard(sibling_path(path, ".part"))
         raise
-    settle(beside(path, ".part"), path)
-    discard(beside(path, ".part"))
+    move_into_place(sibling_path(path, ".part"), path)
+    discard(sibling_path(path, ".part"))
     return path, kind, True
 
 
@@ -129,14 +136,14 @@ def pack(
 ) -> None:
     "Write pictures into one zip, at once or not at all."
     old = zipfile.ZipFile(shard) if None in pictures.values() else None
-    with zipfile.ZipFile(beside(shard, ".part"), "w", zipfile.ZIP_STORED) as z:
+    with zipfile.ZipFile(sibling_path(shard, ".part"), "w", zipfile.ZIP_STORED) as z:
         for name in sorted(pictures):
             info = zipfile.ZipInfo(name)
             info.create_system = 3  # the same on every system
             z.writestr(info, old.read(name) if pictures[name] is None else pictures[name].read_bytes())
     if old:
         old.close()
-    settle(beside(shard, ".part"), shard)
+    move_into_place(sibling_path(shard, ".part"), shard)
 
 
 # %% ../../nbs/data/13_pictures.ipynb #cell-018
@@ -203,18 +210,18 @@ def fetch_pictures(
     patience: Patience = Patience(attempts=3, longest=20.0, idle=20.0),
 ) -> dict[str, int]:
     "Bring pictures into one shard; returns counts: asked, there, fetched, failed, cmyk, animated."
-    store = beside(shard, ".parts")
+    store = sibling_path(shard, ".parts")
     patience = Patience(**{**vars(patience), "largest": limits.largest})
-    with own_trouble(shard):
+    with advise_on_disk_errors(shard):
         store.mkdir(parents=True, exist_ok=True)
-        with FileLock(beside(shard, ".lock")):
+        with FileLock(sibling_path(shard, ".lock")):
             kept = (old := packed(shard)) & set(urls)
             harvest = gather(
                 {n: u for n, u in urls.items() if n not in kept}, store, workers, limits, patience
             )
             if harvest.files or kept != old or not shard.exists():
                 pack(harvest.files | dict.fromkeys(kept), shard)
-            write_json(beside(shard, ".failures.json"), harvest.failures)
+            write_json(sibling_path(shard, ".failures.json"), harvest.failures)
             shutil.rmtree(store)
     harvest.counts["there"] += len(kept)
     return {

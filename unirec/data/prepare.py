@@ -28,7 +28,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..core.files import own_trouble
+from ..core.files import advise_on_disk_errors
 from .quality import quality_report
 from .readers import READERS
 from .schema import Schema
@@ -246,7 +246,7 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
     """
     check_output_folder(out)
     part, old = (out.parent / f".{out.name}.{word}" for word in ("part", "old"))
-    with own_trouble(out, "no table was written or replaced"):
+    with advise_on_disk_errors(out, "no table was written or replaced"):
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
         part.mkdir(parents=True)

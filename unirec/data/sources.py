@@ -46,7 +46,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..core.files import beside, file_sha256, gunzip, own_trouble, settle, unzip, write_json
+from unirec.core.files import (
+    advise_on_disk_errors,
+    file_sha256,
+    gunzip,
+    move_into_place,
+    sibling_path,
+    unzip,
+    write_json,
+)
 from .download import FetchError, Patience, fetch, fetch_hub, stands
 from .marketplace import SampleConfig
 from .pictures import fetch_pictures, picture_urls
@@ -91,7 +99,7 @@ def from_place(place: str, path: Path, sha256: str | None, patience: Patience) -
         revision, filename = rest.split("/", 1)
         fetch_hub(owner, filename, path, revision, sha256)
     elif place.endswith(".gz") and path.suffix != ".gz":
-        archive = fetch([place], beside(path, ".gz"), None, patience)
+        archive = fetch([place], sibling_path(path, ".gz"), None, patience)
         try:
             gunzip(archive, path)
         except ValueError as e:
@@ -100,7 +108,7 @@ def from_place(place: str, path: Path, sha256: str | None, patience: Patience) -
             path.unlink()
             raise FetchError(path, {place: f"its sha256 is {found}, expected {sha256}"}, sha256)
         if sha256 is None:
-            write_json(beside(path, ".sha256.json"), {"from": place, "sha256": found})
+            write_json(sibling_path(path, ".sha256.json"), {"from": place, "sha256": found})
         archive.unlink()
     else:
         fetch([place], path, sha256, patience)
@@ -110,7 +118,7 @@ def from_place(place: str, path: Path, sha256: str | None, patience: Patience) -
 def obtain(file: RawFile, folder: Path, patience: Patience = Patience()) -> Path:
     "A file of a source in a folder; raises FetchError that names every place with its cause."
     path, causes = folder / file.name, {}
-    with own_trouble(path):
+    with advise_on_disk_errors(path):
         if stands(path, file.sha256):
             return path
     for place in file.places:
@@ -206,7 +214,7 @@ def join_reviews(interactions: Path, reviews: Path, out: Path) -> tuple[dict, se
             " they do not belong together"
         )
     items = set()
-    with reviews.open("rb") as raw, beside(out, ".part").open("wb") as f:
+    with reviews.open("rb") as raw, sibling_path(out, ".part").open("wb") as f:
         for start, (user, item, rating, time) in zip(
             starts[keys.searchsorted(listed)], read_interactions(interactions), strict=True
         ):
@@ -219,7 +227,7 @@ def join_reviews(interactions: Path, reviews: Path, out: Path) -> tuple[dict, se
                 line = raw.readline().rstrip(b"\r\n")
             f.write(line + b"\n")
             items.add(item)
-    settle(beside(out, ".part"), out)
+    move_into_place(sibling_path(out, ".part"), out)
     counts = {
         "events": len(listed),
         "listed twice": len(listed) - len(keys),
@@ -233,7 +241,7 @@ def join_reviews(interactions: Path, reviews: Path, out: Path) -> tuple[dict, se
 def join_items(meta: Path, items: set[str], out: Path) -> dict:  # counts
     "Write the metadata of the items of a list; raises ValueError that names file and row."
     found = set()
-    with meta.open("rb") as raw, beside(out, ".part").open("wb") as f:
+    with meta.open("rb") as raw, sibling_path(out, ".part").open("wb") as f:
         for number, line in enumerate(raw, 1):
             if not line.strip():
                 continue
@@ -246,7 +254,7 @@ def join_items(meta: Path, items: set[str], out: Path) -> dict:  # counts
             if item in items:
                 found.add(item)
                 f.write(line.rstrip(b"\r\n") + b"\n")
-    settle(beside(out, ".part"), out)
+    move_into_place(sibling_path(out, ".part"), out)
     return {"items": len(items), "items without metadata": len(items - found)}
 
 
@@ -347,10 +355,10 @@ def movielens(fetched: Path, folder: Path) -> dict:
 # %% ../../nbs/data/14_sources.ipynb #cell-029
 def original_movielens(fetched: Path, folder: Path) -> dict:
     "MovieLens-100k's own files."
-    unzip(fetched / "ml-100k.zip", beside(folder, ".zip"))
+    unzip(fetched / "ml-100k.zip", sibling_path(folder, ".zip"))
     for name in ("u.data", "u.item", "README"):
-        os.replace(beside(folder, ".zip") / "ml-100k" / name, folder / name)
-    shutil.rmtree(beside(folder, ".zip"))
+        os.replace(sibling_path(folder, ".zip") / "ml-100k" / name, folder / name)
+    shutil.rmtree(sibling_path(folder, ".zip"))
     return {}
 
 
@@ -447,8 +455,8 @@ def gather_files(name: str, source: Source, shelf: Path, patience: Patience) -> 
 # %% ../../nbs/data/14_sources.ipynb #cell-035
 def copy_whole(source: Path, path: Path) -> None:
     "Copy a file at once or not at all."
-    shutil.copyfile(source, beside(path, ".part"))
-    settle(beside(path, ".part"), path)
+    shutil.copyfile(source, sibling_path(path, ".part"))
+    move_into_place(sibling_path(path, ".part"), path)
 
 
 # %% ../../nbs/data/14_sources.ipynb #cell-036
@@ -481,7 +489,7 @@ def get(
     if name not in SOURCES:
         raise ValueError(f"no source is called {name!r}; there are {', '.join(SOURCES)}")
     source, shelf, folder = SOURCES[name], shelf or downloads() / name, Path(folder)
-    with own_trouble(folder):
+    with advise_on_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         files = gather_files(name, source, shelf, patience)
         if source.make:

@@ -31,7 +31,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from ..core.files import file_sha256, write_whole
+from ..core.files import file_sha256, write_atomically
 
 
 # %% ../../nbs/encoders/06_cache.ipynb #cell-006
@@ -77,7 +77,7 @@ def write_part(
     path = (
         folder / f"{time.time_ns() if stamp is None else stamp:020d}-{hashlib.sha256(data).hexdigest()}.npy"
     )
-    write_whole(path, data)
+    write_atomically(path, data)
     return path
 
 
@@ -204,7 +204,7 @@ class VectorCache(Parts):
         rows["hash"], rows["cut"], rows["vector"] = names, cut, vectors
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (about := self.folder / "key.json").exists():
-            write_whole(about, json.dumps(self.key, indent=1, sort_keys=True).encode())
+            write_atomically(about, json.dumps(self.key, indent=1, sort_keys=True).encode())
         write_part(self.folder, rows)
         self.refresh()
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.files import file_sha256, sync_folder, write_whole
+from ..core.files import file_sha256, sync_folder, write_atomically
 from .cache import content_hash
 from .modalities import small_picture
 
@@ -106,7 +106,7 @@ def write_together(
             write(temporary[name])
             with temporary[name].open("rb+") as f:
                 os.fsync(f.fileno())
-        write_whole(
+        write_atomically(
             folder / "checksums.json",
             json.dumps({name: file_sha256(path) for name, path in temporary.items()}, indent=1).encode(),
         )
