@@ -65,7 +65,7 @@ def chromium():
 @pytest.fixture(scope="session")
 def toy_project(tmp_path_factory) -> tuple[Path, dict]:
     "Folder and parameters of one toy run of all steps (40 products, 60 customers); read it, change nothing in it."
-    from unirec.pipeline.stages import toy
+    from unirec.pipeline.toy import toy
 
     folder = tmp_path_factory.mktemp("toy")
     return folder, toy(folder)

@@ -16,6 +16,7 @@ from unirec.model.events import Events, training_batches
 from unirec.model.hierarchy import EncoderConfig
 from unirec.model.llm import LLMConfig
 from unirec.model.recommender import UniRec
+from unirec.pipeline import evaluate
 from unirec.pipeline import stages as steps
 from unirec.pipeline.profiles import read_profile
 from unirec.pipeline.random_weights import stand_ins
@@ -78,7 +79,7 @@ def test_ranks_and_losses_of_the_papers_form(toy, plain):
     here, loss, share = (
         ranks(model.scorer(), h, targets, candidates),
         losses(model, batch),
-        steps.llm_share(model, h, targets),
+        evaluate.llm_share(model, h, targets),
     )
     with pretend_device.Pretend():
         away = model.to(AWAY)
@@ -86,7 +87,7 @@ def test_ranks_and_losses_of_the_papers_form(toy, plain):
         there = ranks(away.scorer(), h, targets, candidates)
         assert losses(away, {k: v.to(AWAY) for k, v in batch.items()}) == pytest.approx(loss, rel=1e-4)
         assert (
-            steps.llm_share(away, h, targets)["mrr"] == pytest.approx(share["mrr"], abs=2e-2)
+            evaluate.llm_share(away, h, targets)["mrr"] == pytest.approx(share["mrr"], abs=2e-2)
             and share["norm_share"] == 1.0
         )
     for protocol in here:
@@ -100,7 +101,7 @@ def test_the_whole_evaluation_on_another_device(toy, tmp_path, monkeypatch):
     folder, params, data = toy
     monkeypatch.setattr(steps, "pick_device", lambda: AWAY)
     with pretend_device.Pretend():
-        table = steps.evaluate(
+        table = evaluate.evaluate(
             data,
             folder / "prepared" / "toy",
             folder / "models" / "toy",

@@ -39,6 +39,7 @@ from unirec.evaluation.metrics import (
     summarise,
 )
 from unirec.evaluation.significance import bootstrap, compare_models, holm, paired, seeds_and_users
+from unirec.pipeline import evaluate
 from unirec.pipeline import stages as steps
 from unirec.training import objective as task
 
@@ -578,10 +579,10 @@ def calls(function) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "function", [catalogue.load, steps.pretrain, steps.finetune, steps.baseline_scorers, task.train]
+    "function", [catalogue.load, steps.pretrain, steps.finetune, evaluate.baseline_scorers, task.train]
 )
 def test_what_trains_or_chooses_names_no_test_file(function):
     assert not {
         n for n in calls(function) if n == "load_test" or "test.parquet" in n or "candidates.npy" in n
     }
-    assert "load_test" in calls(steps.evaluate)  # the one that may
+    assert "load_test" in calls(evaluate.evaluate)  # the one that may

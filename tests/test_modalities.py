@@ -20,6 +20,7 @@ from unirec.encoders.modalities import TABLES, register_encoder, unregister_enco
 from unirec.model.hierarchy import EncoderConfig
 from unirec.model.recommender import UniRec
 from unirec.pipeline import stages as steps
+from unirec.pipeline import toy
 
 RATE, BANDS = 8_000, 16  # samples a second, mel bands
 
@@ -74,7 +75,7 @@ def shop(tmp_path_factory):
     "The toy shop with a sound for every product but two: one has none, one's file is broken; 20 pitches in all."
     register_encoder("audio", "sound", make, files=True, check=read_sound)
     try:
-        root, params = tmp_path_factory.mktemp("sounds"), steps.toy_params()
+        root, params = tmp_path_factory.mktemp("sounds"), toy.toy_params()
         params["sets"]["toy"]["schema"]["sound"] = {"type": "audio", "source": "sound"}
         spec, raw = SetSpec.from_params("toy", params["sets"]["toy"]), root / "data"
         download(spec, raw)

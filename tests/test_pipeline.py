@@ -18,7 +18,7 @@ import yaml
 
 from unirec.core.params import read_params, write_params
 from unirec.model.llm import cache_folder
-from unirec.pipeline.runner import STAGES, main, run_stage, settle, stage_params
+from unirec.pipeline.runner import STAGES, main, run_stage, stage_params, strip_volatile
 
 MODELS = {"unirec", "unirec_id", "popularity", "markov", "itemknn", "mean_vectors", "sasrec"}
 DATASET = "sample"
@@ -108,7 +108,7 @@ def test_an_unknown_data_set_is_named(root, tmp_path):
         run_stage("download", "nowhere", tmp_path)
 
 
-def test_settle_drops_times_and_is_idempotent(tmp_path):
+def test_strip_volatile_drops_times_and_is_idempotent(tmp_path):
     path, clock = tmp_path / "executed.ipynb", "2024-05-01T12:00:00.000000"
     cell = nbformat.v4.new_code_cell(
         "1 + 1",
@@ -132,16 +132,16 @@ def test_settle_drops_times_and_is_idempotent(tmp_path):
         },
     )
     nbformat.write(notebook, path)
-    settle(path)
+    strip_volatile(path)
     once = path.read_bytes()
-    settle(path)
+    strip_volatile(path)
     assert path.read_bytes() == once
-    settled = nbformat.read(path, as_version=4)
-    assert clock.encode() not in once and settled.metadata.keys() == {"kernelspec"}
-    assert [c.metadata for c in settled.cells] == [{}, {"tags": ["parameters"]}]
-    assert settled.cells[1].execution_count is None and [o.output_type for o in settled.cells[1].outputs] == [
-        "execute_result"
-    ]
+    strip_volatiled = nbformat.read(path, as_version=4)
+    assert clock.encode() not in once and strip_volatiled.metadata.keys() == {"kernelspec"}
+    assert [c.metadata for c in strip_volatiled.cells] == [{}, {"tags": ["parameters"]}]
+    assert strip_volatiled.cells[1].execution_count is None and [
+        o.output_type for o in strip_volatiled.cells[1].outputs
+    ] == ["execute_result"]
 
 
 # a fresh clone, at tiny size

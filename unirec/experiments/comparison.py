@@ -67,7 +67,8 @@ from unirec.experiments.runs import (
     train_unirec,
 )
 from ..model.recommender import MODELS
-from ..pipeline.stages import embed, llm_share
+from ..pipeline.evaluate import llm_share
+from ..pipeline.stages import embed
 from ..training.objective import data_hash
 
 

@@ -52,7 +52,8 @@ from ..model.llm import LLMConfig
 from ..model.recommender import MODELS, UniRec
 from ..pipeline.profiles import merged
 from ..pipeline.recommend import Trained
-from ..pipeline.stages import embed, finetune, pretrain, toy_params
+from ..pipeline.stages import embed, finetune, pretrain
+from ..pipeline.toy import toy_params
 
 # %% ../../nbs/experiments/01_runs.ipynb #cell-007
 # block -> settings that came after the first runs, and what had been done until then
