@@ -5,7 +5,7 @@ import json
 import pytest
 from test_report import INJECTED, SETS, build, files, pages, visit  # noqa: F401  (fixtures)
 
-from unirec.report.report import build_page
+from unirec.report.page import build_page
 
 
 def chosen(page, name):
@@ -99,7 +99,7 @@ def test_filters_keep_what_they_say_and_count_it(quiet, width):
     assert (
         chosen(page, "user").startswith("made_up-user-9")
         and page.locator("#pick-user option").count() == 1
-        and page.locator("#explorer-said").inner_text() == "1 of 1 users"
+        and page.locator("#explorer-status").inner_text() == "1 of 1 users"
     )
     assert (
         "Thing cold" in page.locator(".target-item").inner_text()
@@ -147,16 +147,16 @@ def test_it_can_be_used_by_keyboard_alone(quiet, width):
     )
     assert (
         chosen(page, "set") == "borrowed"
-        and page.locator("#explorer-said").inner_text() == "2 of 10 users"
+        and page.locator("#explorer-status").inner_text() == "2 of 10 users"
         and "borrowed-user-1" in page.locator("#explorer-user h3").inner_text()
     )
     page.locator(".why summary").first.focus()
     page.keyboard.press("Enter")
-    told = page.locator(".why").first
+    why = page.locator(".why").first
     assert (
-        told.evaluate("part => part.open")
-        and "Attention of the item's queries" in told.inner_text()
-        and "cosine by the model's own embeddings" in told.inner_text()
+        why.evaluate("part => part.open")
+        and "Attention of the item's queries" in why.inner_text()
+        and "cosine by the model's own embeddings" in why.inner_text()
     )
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.tagName") == "SUMMARY", "the next reason is one step away"
@@ -216,7 +216,7 @@ def test_labels_belong_to_their_fields(quiet):
         ("Show in the lists", "items"),
     ):
         assert page.get_by_label(label, exact=True).get_attribute("id") == f"pick-{name}"
-    assert page.locator("#explorer-said").get_attribute("role") == "status"
+    assert page.locator("#explorer-status").get_attribute("role") == "status"
 
 
 def test_changing_fast_leaves_one_set_of_charts(quiet):
@@ -230,9 +230,9 @@ def test_changing_fast_leaves_one_set_of_charts(quiet):
 
 def test_an_item_that_nothing_is_known_of_is_named(files):  # noqa: F811
     path = files / "predictions/made_up/examples.json"
-    told = json.loads(path.read_text())
-    del told["items"]["item3"]
-    path.write_text(json.dumps(told))
+    examples = json.loads(path.read_text())
+    del examples["items"]["item3"]
+    path.write_text(json.dumps(examples))
     with pytest.raises(ValueError, match="examples.json: not the expected form .*'item3' is in a list"):
         build(files)
 
@@ -248,8 +248,8 @@ def test_without_a_comparison_the_chart_has_this_runs_figures(files):  # noqa: F
         audience="local",
     )
     text = (files / "x.html").read_text()
-    told = json.loads(text.split('id="explorer-data">')[1].split("</script>")[0])
+    views = json.loads(text.split('id="explorer-data">')[1].split("</script>")[0])
     assert (
-        told[0]["charts"][0]["caption"].startswith("Test; this run")
-        and "MRR, whole catalogue" in told[0]["charts"][0]["words"]
+        views[0]["charts"][0]["caption"].startswith("Test; this run")
+        and "MRR, whole catalogue" in views[0]["charts"][0]["words"]
     )

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from unirec.report import tables as standing
-from unirec.report.report import build_page, comparison_table, markdown_table
+from unirec.report import comparison, tables
+from unirec.report.page import build_page
 
 INJECTED = (
     "<script>window.taken = true; document.title = 'taken'</script><img src=x onerror='window.taken = true'>"
@@ -76,15 +76,15 @@ def write_compared(folder, name):
         for model, level in MODELS.items()
         for label, users in (("cold", 3), ("warm", 7))
     ]
-    pd.DataFrame(rows, columns=standing.BREAKDOWNS).to_csv(folder / "breakdowns.csv", index=False)
-    pd.DataFrame([(model, 10, 0.5, 0.4, 0.1, 0.3) for model in MODELS], columns=standing.LISTS).to_csv(
+    pd.DataFrame(rows, columns=tables.BREAKDOWNS).to_csv(folder / "breakdowns.csv", index=False)
+    pd.DataFrame([(model, 10, 0.5, 0.4, 0.1, 0.3) for model in MODELS], columns=tables.LISTS).to_csv(
         folder / "lists.csv", index=False
     )
+    pd.DataFrame([("unirec", "text", "image", 40, 0.125, 0.5, 0.025, 0.25)], columns=tables.RETRIEVAL).to_csv(
+        folder / "retrieval.csv", index=False
+    )
     pd.DataFrame(
-        [("unirec", "text", "image", 40, 0.125, 0.5, 0.025, 0.25)], columns=standing.RETRIEVAL
-    ).to_csv(folder / "retrieval.csv", index=False)
-    pd.DataFrame(
-        [(model, level, level - 0.0123) for model, level in MODELS.items()], columns=standing.TIES
+        [(model, level, level - 0.0123) for model, level in MODELS.items()], columns=tables.TIES
     ).to_csv(folder / "ties.csv", index=False)
 
 
@@ -301,23 +301,17 @@ def visit(chromium, pages):
         context.close()
 
 
-def test_sets_of_the_comparison_alone_have_their_tables(visit):
+def test_all_compared_sets_stand_in_one_section(visit):
     page, _ = visit()
-    assert page.locator("nav a.badge").all_text_contents() == [
-        "made_up",
-        "borrowed",
-        "elsewhere",
-        "explore test users",
-    ]
-    page.click("nav a:text('elsewhere')")
-    card = page.locator("#other-1")
-    assert (
-        card.locator("h2").text_content() == "elsewhere"
-        and card.locator("table.standing tbody tr").count() > 1
-    )
-    assert "never_compared" not in page.content() and page.locator("#other-2").count() == 0
-    said = page.locator("section:has(h2:text('The comparison over all data sets')) p").all_text_contents()
-    assert said and all("3 data sets" in text for text in said)
+    links = ["made_up", "borrowed", "recorded comparison", "explore test users"]
+    assert page.locator("nav a.badge").all_text_contents() == links
+    page.click("nav a:text('recorded comparison')")
+    card = page.locator("#comparison")
+    assert card.locator("h3").all_text_contents() == ["made_up", "borrowed", "elsewhere"]
+    assert card.locator("table.recorded tbody tr").count() == 3 * 2 * 3
+    assert "never_compared" not in page.content()
+    sentences = card.locator(":scope > p").all_text_contents()[1:]
+    assert len(sentences) == 2 and all("3 data sets" in text for text in sentences)
 
 
 def test_page_stays_at_home_and_injected_words_stay_words(visit):
@@ -505,45 +499,37 @@ def test_broken_file_is_named(files):
 
 
 def test_tables_agree_with_the_file(files):
-    table = comparison_table(files / "results", ["made_up"])
+    table = tables.comparison_table(files / "results", ["made_up"])
     assert list(table["model"]) == list(MODELS) and table["full mrr"].tolist() == pytest.approx(
         [level + 0.0005 for level in MODELS.values()]
     )
-    text = markdown_table(table)
+    text = tables.results_markdown(table)
     assert "**0.0905** ± 0.0007" in text and "<script" not in text
-    assert comparison_table(files / "results")["dataset"].unique().tolist() == ["borrowed", "made_up"]
+    assert tables.comparison_table(files / "results")["dataset"].unique().tolist() == ["borrowed", "made_up"]
 
 
-def test_comparison_with_seeds_and_what_is_behind_are_shown(visit):
+def test_comparison_with_seeds_is_shown(visit):
     page, _ = visit()
-    made_up = page.locator("#set-1")
-    tables = made_up.locator("table.standing")
-    assert tables.count() == 2 and "Last five events held out" in made_up.inner_text()
-    rows = tables.first.locator("tbody tr").all_inner_texts()
-    assert (
-        [row.split()[0] for row in rows[:2]] == ["sasrec", "unirec"]
-        and "-0.0120 to +0.0080" in rows[1]
-        and rows[1].endswith("undecided")
-    )
+    made_up = page.locator("#comparison details.recorded").first
+    recorded = made_up.locator("table.recorded")
+    assert recorded.count() == 2 and "Last five events held out" in made_up.inner_text()
+    rows = recorded.first.locator("tbody tr").all_inner_texts()
+    assert [row.split()[0] for row in rows[:2]] == ["sasrec", "unirec"]
+    assert "-0.0120 to +0.0080" in rows[1] and rows[1].endswith("undecided")
     assert "UniRec trails by 2.0%, verdict: undecided" in made_up.inner_text()
     assert "2 runs are recorded" in made_up.inner_text()
-    assert made_up.locator(".robust thead th").all_inner_texts() == [
-        "model",
-        "last event, full",
-        "ties shuffled",
-        "among 100",
-        "last five, full",
-    ]
-    behind = made_up.locator(".behind")
-    assert (
-        "target: cold" in behind.inner_text()
-        and "text finds image" in behind.inner_text()
-        and "12.5%" in behind.inner_text()
-        and "0.0777" in behind.inner_text()
-    )
-    assert (
-        behind.locator("svg").count() == 1 and "Better, worse, undecided" in page.locator("main").inner_text()
-    )
+    heads = ["model", "last event, full", "ties shuffled", "among 100", "last five, full"]
+    assert made_up.locator(".robust thead th").all_inner_texts() == heads
+    assert made_up.locator("svg").count() == 2
+    assert "Better, worse, undecided" in page.locator("main").inner_text()
+
+
+def test_groups_lists_and_ties_are_shown(visit):
+    page, _ = visit()
+    folded = page.locator("#set-1 .evaluation")
+    for text in ("target: cold", "text finds image", "12.5%", "0.0777", "+0.10"):
+        assert text in folded.inner_text()
+    assert folded.locator("svg").count() == 1
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -605,8 +591,8 @@ def test_without_a_comparison_one_line_says_what_makes_it(files):
     text = (files / "reports/index.html").read_text()
     assert "has not been run here: 0 of 40 runs are recorded; make compare makes it" in text
     assert (
-        'class="standing"' not in text
-        and 'class="behind"' not in text
+        'class="recorded"' not in text
+        and 'class="evaluation"' not in text
         and "Smallest difference found" not in text
     )
 
@@ -614,7 +600,7 @@ def test_without_a_comparison_one_line_says_what_makes_it(files):
 def test_sentences_follow_the_verdicts(files):
     path = files / "results/made_up/compare.csv"
     table = pd.read_csv(path)
-    before = standing.standing_markdown(files / "results", SETS, {"made_up": 40})
+    before = comparison.comparison_markdown(files / "results", SETS, {"made_up": 40})
     assert (
         "better on 0, undecided on 2 (made\\_up (synthetic) -2.0%, borrowed -2.0%), worse on 0" in before
         and "2 of 40 runs are recorded" in before
@@ -623,7 +609,7 @@ def test_sentences_follow_the_verdicts(files):
     ours = table["model"] == "unirec"
     table.loc[ours, ["difference", "low", "high", "verdict"]] = [0.005, 0.001, 0.009, "better"]
     table.to_csv(path, index=False)
-    after = standing.standing_markdown(files / "results", SETS)
+    after = comparison.comparison_markdown(files / "results", SETS)
     assert (
         "better on 1 (made\\_up (synthetic) +5.0%), undecided on 1 (borrowed -2.0%)" in after
         and "UniRec leads by 5.0%, verdict: better" in after
@@ -631,12 +617,12 @@ def test_sentences_follow_the_verdicts(files):
 
 
 def test_unirec_is_picked_by_valid_not_by_test(files):
-    table = standing.read_compare(files / "results", "made_up")
+    table = comparison.recorded_comparison(files / "results").tables["made_up"]
     lucky = table[table["model"] == "unirec"].assign(
         model="unirec_id", mrr=0.2, valid_mrr=0.01, difference=0.1, verdict="better"
     )
-    assert standing.said(pd.concat([table, lucky]), "leave_one_out").startswith(
-        "unirec (the best UniRec on valid)"
+    assert comparison.data_set_sentence(pd.concat([table, lucky]), "leave_one_out").startswith(
+        "unirec (the best UniRec on validation)"
     )
 
 

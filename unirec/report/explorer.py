@@ -6,14 +6,6 @@
 __all__ = [
     "PICTURE",
     "ESCAPES",
-    "EXPLORER",
-    "EXPLORER_STYLE",
-    "SCRIPT_PARTS",
-    "SCRIPT_CARD",
-    "SCRIPT_USER",
-    "SCRIPT_CHARTS",
-    "SCRIPT_CONTROLS",
-    "EXPLORER_SCRIPT",
     "shown_card",
     "shown_place",
     "shown_user",
@@ -142,9 +134,9 @@ def paint(models: Sequence[str]) -> alt.Color:
 def curves_chart(
     curves: pd.DataFrame,  # rows of curves.csv of one stage: model, epoch, loss, mrr
 ) -> dict:  # Vega-Lite
-    "MRR on valid by epoch, a line a model; or the training loss where a stage has no MRR"
+    "MRR on validation by epoch, a line a model; or the training loss where a stage has no MRR"
     measured = curves["mrr"].notna().any()
-    value, title = ("mrr", "MRR on valid") if measured else ("loss", "training loss")
+    value, title = ("mrr", "MRR on validation") if measured else ("loss", "training loss")
     rows = curves.dropna(subset=[value])[["model", "epoch", value]]
     epochs = sorted(set(rows["epoch"]))
     picked = alt.param(name="picked", value="")
@@ -173,7 +165,7 @@ def curves_chart(
 
 # %% ../../nbs/report/03_explorer.ipynb #cell-016
 def comparison_chart(
-    rows: pd.DataFrame,  # model, value, low, high (NaN: no interval), and what `told` says of it
+    rows: pd.DataFrame,  # model, value, low, high (NaN: no interval), note
     title: str,  # of the axis, with its unit
     zero: bool,  # a line at 0?
 ) -> dict:  # Vega-Lite
@@ -182,13 +174,13 @@ def comparison_chart(
     picked = alt.param(name="picked", value="")
     order = rows.sort_values("value", ascending=False)["model"].tolist()
     shade = alt.condition("datum.ours", alt.value("#0b8a83"), alt.value(OTHERS))
-    told = [
+    tooltip = [
         "model",
         *(alt.Tooltip(f"{name}:Q", format="+.4f" if zero else ".4f") for name in ("value", "low", "high")),
-        "told",
+        "note",
     ]
     base = alt.Chart(rows, width="container", height=26 * len(rows)).encode(
-        y=alt.Y("model:N", sort=order, title=None), color=shade, tooltip=told
+        y=alt.Y("model:N", sort=order, title=None), color=shade, tooltip=tooltip
     )
     bars = (
         base.mark_rule(strokeWidth=2.5)
@@ -243,137 +235,3 @@ def policy(
     return " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" for code in scripts
     )
-
-
-# %% ../../nbs/report/03_explorer.ipynb #cell-024
-EXPLORER = """<section class="card" id="explorer" aria-labelledby="explorer-name"><h2 id="explorer-name">Explore</h2>
-<p>Some test users of every data set: what they had, what a model puts on top, where the item stands that they chose next, and why. They are drawn by the run's seed, with a few of every kind of target.</p>
-<p class="notice" id="explorer-silent">The lists of test users need JavaScript, which this page carries and this browser does not run; the tables and figures below need none.</p>
-<form id="explorer-form" hidden><div class="controls">
-{% for id, label in (("set", "Data set"), ("model", "Model"), ("other", "Beside it"), ("target", "Chosen next was"), ("user", "User"), ("items", "Show in the lists")) %}<div><label for="pick-{{ id }}">{{ label }}</label><select id="pick-{{ id }}" autocomplete="off"></select></div>
-{% endfor %}</div><p class="row"><button type="button" id="step-back">Previous user</button><button type="button" id="step-on">Next user</button><span id="explorer-said" role="status" class="soft"></span></p></form>
-<div id="explorer-user"></div>
-<div class="grid" id="explorer-charts"></div></section>
-"""
-
-# %% ../../nbs/report/03_explorer.ipynb #cell-025
-EXPLORER_STYLE = """
-.controls{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px 14px;margin:14px 0 10px}@media(max-width:700px){.controls{grid-template-columns:repeat(2,minmax(0,1fr))}.controls div:nth-child(5){grid-column:1/-1}}.controls label{display:block;font-size:.85rem;color:var(--soft)}
-select,button{font:inherit;font-size:.95rem;color:var(--ink);background:var(--card);border:1px solid var(--soft);border-radius:8px;padding:7px 10px;min-height:40px}.controls select{display:block;width:100%;margin-top:3px}button{cursor:pointer}button:disabled{opacity:.55;cursor:default}
-select:focus-visible,button:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
-.items .pic{flex-basis:56px;width:56px;height:56px}.items li{flex-wrap:wrap;border-bottom:1px solid var(--line)}.why{flex:1 1 100%;border:0;margin:0}.why summary{padding:0 0 0 34px;font-size:.85rem;color:var(--accent)}.why>div{padding:2px 0 8px 34px}
-.why p{margin:.3rem 0 .2rem;font-size:.82rem;color:var(--soft)}.bar{display:grid;grid-template-columns:minmax(0,11em) minmax(40px,1fr) 3.2em;gap:8px;align-items:center;font-size:.82rem;line-height:1.35;margin:3px 0}.bar i{display:block;height:8px;border-radius:4px;background:var(--accent);min-width:1px}.bar b{font-weight:400;text-align:right;font-variant-numeric:tabular-nums}
-.kind{font-style:normal;font-size:.75rem;border:1px solid var(--line);border-radius:99px;padding:0 7px;margin-left:6px;white-space:nowrap;color:var(--soft)}.kind.cold{color:var(--note);background:var(--notebg);border-color:transparent}
-#explorer-user h3{margin:0}#explorer-user>.row{margin-top:1.6rem}.target-item{max-width:420px;margin-bottom:1.2rem!important}.target-item .place{display:none}#explorer-charts figure{margin:12px 0 0}#explorer-charts figure svg{max-width:100%}#explorer-charts .vega-embed{width:100%}#explorer-charts h3{margin-top:1.2rem}
-"""
-
-# %% ../../nbs/report/03_explorer.ipynb #cell-027
-SCRIPT_PARTS = """\
-(() => {
-"use strict";
-const sets = JSON.parse(document.getElementById("explorer-data").textContent), KINDS = ["cold", "rare", "middle", "popular"];
-const at = name => document.getElementById("pick-" + name), pick = Object.fromEntries(["set", "model", "other", "target", "user", "items"].map(name => [name, at(name)]));
-const make = (tag, look, text) => { const part = document.createElement(tag); if (look) part.className = look; if (text !== undefined) part.textContent = text; return part; };
-const put = (part, ...inner) => { part.append(...inner.filter(x => x)); return part; };
-const number = x => String(Math.round(x * 100) / 100), percent = x => Math.round(100 * x) + "%";
-const fill = (select, pairs, wish) => { select.replaceChildren(...pairs.map(([value, text]) => { const option = make("option", "", text); option.value = value; return option; }));
-  if (pairs.some(([value]) => value === wish)) select.value = wish; };
-const here = () => sets[+pick.set.value], user = () => here().users[+pick.user.value];
-let views = [], turn = 0;
-"""
-
-# %% ../../nbs/report/03_explorer.ipynb #cell-029
-SCRIPT_CARD = """\
-
-const bar = (name, share, text) => { const fillPart = make("i"); fillPart.style.width = Math.max(0, Math.min(1, share)) * 100 + "%"; return put(make("div", "bar"), make("span", "", name), fillPart, make("b", "", text)); };
-const why = (set, model, place) => {
-  const inner = make("div"), read = Object.entries(set.attention[model][place.item] || {});
-  if (read.length) put(inner, make("p", "", "Attention of the item's queries over its attributes"), ...read.slice(0, 6).map(([name, share]) => bar(name, share, percent(share))));
-  put(inner, make("p", "", "Nearest events of the history, cosine by " + set.near[model]), ...place.nearest.map(([item, cosine]) => bar(set.items[item].title, cosine, cosine.toFixed(2))));
-  return put(make("details", "why"), make("summary", "", "why"), inner); };
-const card = (set, item, place, mark, score, more) => {
-  const it = set.items[item], line = make("li", mark ? "hit" : "");
-  let picture = null;
-  if (it.picture) { picture = make("img", "pic"); picture.src = it.picture; picture.alt = "Picture of " + it.title; picture.width = picture.height = 56; }
-  else if (set.pictures) picture = make("span", "pic none");
-  const what = put(make("span", "what"), make("span", "", it.title), it.kind && make("i", "kind " + it.kind, it.kind), it.detail && make("small", "", it.detail));
-  return put(line, make("span", "place", place), picture, what, mark && make("strong", "badge hit", "hit"), score === undefined ? null : make("small", "score", number(score)), more); };
-const list = (title, lines, of) => { const box = put(make("div"), make("h4", "", title), put(make("ol", "items"), ...lines));
-  if (lines.length < of) box.append(make("p", "soft", lines.length + " of " + of + " shown")); return box; };
-"""
-
-# %% ../../nbs/report/03_explorer.ipynb #cell-031
-SCRIPT_USER = """\
-
-function showUser() {
-  const box = document.getElementById("explorer-user"), said = document.getElementById("explorer-said"), set = here();
-  const index = pick.user.selectedIndex, ends = pick.user.options.length - 1;
-  document.getElementById("step-back").disabled = index <= 0; document.getElementById("step-on").disabled = index < 0 || index >= ends;
-  if (index < 0) { box.replaceChildren(make("p", "notice", set.allowed === "none" ? "Not shown: the licence of this set does not allow passing its rows or pictures on." : "No such user among those that are kept.")); said.textContent = ""; return; }
-  const who = user(), models = [...new Set([pick.model.value, pick.other.value].filter(Boolean))], kind = pick.items.value, fits = item => !kind || set.items[item].kind === kind;
-  const ranks = models.map(model => make("span", "badge " + (who.rank[model] <= 10 ? "hit" : "plain"), model + ": rank " + number(who.rank[model])));
-  const target = put(make("ol", "items target-item"), card(set, who.target, "", false));
-  const past = who.history.map((item, i) => [item, i]).filter(([item]) => fits(item)).map(([item, i]) => card(set, item, i + 1, false));
-  const tops = models.map(model => list("Top ten of " + model, who.top[model].map((place, i) => [place, i]).filter(([place]) => fits(place.item)).map(([place, i]) => card(set, place.item, i + 1, place.item === who.target, place.score, why(set, model, place))), who.top[model].length));
-  const older = who.events > who.history.length ? ", the last " + who.history.length + " of " + who.events : "";
-  box.replaceChildren(...(set.allowed === "text" ? [make("p", "notice", "Shown on this machine only: the licence of this set does not allow passing it on.")] : []), put(make("div", "row"), make("h3", "", "User " + who.user), ...ranks), make("p", "soft", "Chosen next:"), target,
-    put(make("div", "three"), list("History, most recent first" + older, past, who.history.length), ...tops));
-  said.textContent = (index + 1) + " of " + (ends + 1) + " users"; }
-
-function fillUsers(wish) {
-  const set = here(), model = pick.model.value, kept = set.users.map((who, i) => [who, i]).filter(([who]) => !pick.target.value || set.items[who.target].kind === pick.target.value);
-  fill(pick.user, kept.map(([who, i]) => [String(i), who.user + (model ? ", rank " + number(who.rank[model]) : "")]), wish);
-  showUser(); }
-"""
-
-# %% ../../nbs/report/03_explorer.ipynb #cell-033
-SCRIPT_CHARTS = """\
-
-function pickInCharts() { views.forEach(view => view.signal("picked", pick.model.value).runAsync()); }
-
-async function showCharts() {
-  const box = document.getElementById("explorer-charts"), mine = ++turn, set = here(), style = getComputedStyle(document.documentElement), tone = name => style.getPropertyValue(name).trim();
-  views.forEach(view => view.finalize()); views = []; box.replaceChildren();
-  const text = {labelColor: tone("--ink"), titleColor: tone("--ink"), labelFontSize: 12, titleFontSize: 12}, rule = {gridColor: tone("--line"), domainColor: tone("--line"), tickColor: tone("--line")};
-  const config = {background: null, font: "system-ui, sans-serif", axis: {...text, ...rule, labelLimit: 140}, legend: {...text, symbolStrokeWidth: 3}, view: {stroke: null}};
-  const stages = set.charts.map(() => make("div"));      // all boxes stand before the first is drawn: a drawing is as wide as its box is then
-  box.append(...set.charts.map((chart, i) => put(make("div"), make("h3", "", chart.title), put(make("figure"), stages[i], make("figcaption", "", chart.caption)))));
-  for (const [i, chart] of set.charts.entries()) {
-    const stage = stages[i];
-    const made = await vegaEmbed(stage, chart.spec, {ast: true, actions: false, renderer: "svg", config});
-    if (mine !== turn) { made.view.finalize(); return; }
-    const drawing = stage.querySelector("svg"); drawing.setAttribute("role", "img"); drawing.setAttribute("aria-label", chart.title + ". " + chart.words);
-    views.push(made.view); }
-  pickInCharts(); box.dataset.ready = pick.set.value; }
-"""
-
-# %% ../../nbs/report/03_explorer.ipynb #cell-035
-SCRIPT_CONTROLS = """\
-
-function showSet() {
-  const set = here(), best = set.models.find(name => name !== "unirec" && !name.startsWith("unirec")) || "";
-  fill(pick.model, set.models.map(name => [name, name]), pick.model.value || "unirec");
-  fill(pick.other, [["", "nothing"], ...set.models.map(name => [name, name])], pick.other.value || best);
-  const count = kind => set.users.filter(who => !kind || set.items[who.target].kind === kind).length;
-  fill(pick.target, [["", "any item (" + count("") + ")"], ...KINDS.map(kind => [kind, kind + " (" + count(kind) + ")"])], pick.target.value);
-  fill(pick.items, [["", "all items"], ...KINDS.map(kind => [kind, kind + " items only"])], pick.items.value);
-  fillUsers(); showCharts(); }
-
-const step = by => { const to = pick.user.selectedIndex + by; if (to >= 0 && to < pick.user.options.length) { pick.user.selectedIndex = to; showUser(); } };
-fill(pick.set, sets.map((set, i) => [String(i), set.name]));
-pick.set.addEventListener("change", showSet);
-pick.model.addEventListener("change", () => { fillUsers(pick.user.value); pickInCharts(); });
-pick.target.addEventListener("change", () => fillUsers(pick.user.value));
-for (const name of ["other", "user", "items"]) pick[name].addEventListener("change", showUser);
-document.getElementById("step-back").addEventListener("click", () => step(-1));
-document.getElementById("step-on").addEventListener("click", () => step(1));
-document.getElementById("explorer-form").addEventListener("submit", event => event.preventDefault());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showCharts);
-document.getElementById("explorer-silent").remove();
-document.getElementById("explorer-form").hidden = false;
-showSet();
-})();
-"""
-
-# %% ../../nbs/report/03_explorer.ipynb #cell-036
-EXPLORER_SCRIPT = SCRIPT_PARTS + SCRIPT_CARD + SCRIPT_USER + SCRIPT_CHARTS + SCRIPT_CONTROLS

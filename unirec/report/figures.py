@@ -14,6 +14,7 @@ __all__ = [
     "PLOT_STYLE",
     "COMPARISON",
     "CURVES",
+    "model_note",
     "colours",
     "read_rows",
     "shortened",
@@ -79,6 +80,13 @@ PLOT_STYLE = sns.axes_style("ticks") | {
 }
 
 
+def model_note(
+    model: str,
+) -> str:  # empty for a model that is not known here
+    "What a model is, in a few words"
+    return MODELS[model][1] if model in MODELS else ""
+
+
 def colours(
     models,  # names of models
 ) -> dict:  # name -> colour, the same one on every plot
@@ -127,7 +135,7 @@ def plot_comparison(
     metric: str = "mrr",  # which metric
     protocol: str = "full",  # among which candidates
 ) -> Figure:
-    "One bar a model, best first, UniRec coloured: the mean over seeds, with its standard deviation where there are several"
+    "One bar a model, best first, UniRec coloured: the mean over seeds and its standard deviation"
     rows = rows[(rows["metric"] == metric) & (rows["protocol"] == protocol)]
     means = (
         rows.groupby("model")["value"].agg(["mean", "std"]).fillna(0.0).sort_values("mean", ascending=False)
@@ -177,14 +185,14 @@ def plot_comparison(
 def plot_curves(
     curves: pd.DataFrame,  # of one curves.csv, or the part of it that is to be shown
 ) -> Figure:
-    "Training loss and MRR on valid per epoch, a row for each stage, a line for each model; a ring marks the best epoch on valid"
+    "Training loss and MRR on validation per epoch, a row a stage, a line a model; a ring at the best epoch"
     stages, models = curves["stage"].unique(), list(curves["model"].unique())
     palette = colours(models)
     figure = Figure(figsize=(5.0, 0.5 + 1.95 * len(stages)), layout="constrained")
     grid = figure.subplots(len(stages), 2, squeeze=False)
     for stage, pair in zip(stages, grid):
         part = curves[curves["stage"] == stage].replace([float("inf"), -float("inf")], float("nan"))
-        for column, label, axes in zip(("loss", "mrr"), ("training loss", "MRR on valid (0 to 1)"), pair):
+        for column, label, axes in zip(("loss", "mrr"), ("training loss", "validation MRR (0 to 1)"), pair):
             axes.set(xlabel="epoch (passes over train)", ylabel=label)
             axes.set_title(shortened(stage), loc="left", fontweight="bold")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -257,7 +265,7 @@ def plot_differences(
     rows: pd.DataFrame,  # model, difference, low, high, verdict: one row a model but the reference
     reference: str,  # the model that the others are compared with
 ) -> Figure:
-    "Difference of each model's MRR to the reference with its 95% interval, best first; filled where it is decided, hollow where it is not"
+    "Difference of each model's MRR to the reference with its 95% interval; hollow where it is undecided"
     rows = rows.sort_values("difference", ascending=False)
     figure = Figure(figsize=(5.0, 0.85 + 0.33 * len(rows)), layout="constrained")
     axes = figure.subplots()
