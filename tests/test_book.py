@@ -64,16 +64,20 @@ def test_every_notebook_has_one_place(root):
         if ".ipynb_checkpoints" not in p.parts
     )
     assert placed[0] == "index" and all(parts.values())
-    assert parts["The data"][0] == "00_schema"
+    assert parts["The data"][0] == "data/01_schema" and list(parts)[-1] == "Helpers"
+    assert parts["Helpers"][0].startswith("core/") and any(
+        name.startswith("data/") for name in parts["Helpers"]
+    )
 
 
 def test_a_notebook_without_a_place_is_named(tmp_path):
-    for name in ("index", "02_more", "99_other"):
+    for name in ("index", "data/02_more", "data/03_jsonl", "elsewhere/99_other"):
         write(tmp_path / f"{name}.ipynb")
-    with pytest.raises(ValueError, match="takes 99_other: name it in PARTS"):
+    with pytest.raises(ValueError, match="takes elsewhere/99_other: name it in PARTS"):
         book.chapters(tmp_path)
-    (tmp_path / "99_other.ipynb").unlink()
-    assert book.chapters(tmp_path)["The data"] == ["02_more"]
+    (tmp_path / "elsewhere" / "99_other.ipynb").unlink()
+    parts = book.chapters(tmp_path)
+    assert parts["The data"] == ["data/02_more"] and parts["Helpers"] == ["data/03_jsonl"]
 
 
 # -- what may be shown
@@ -250,7 +254,7 @@ def test_reference_has_every_exported_symbol(root):
 
 def test_an_entry_has_signature_words_and_parameters(tmp_path):
     (tmp_path / "m.py").write_text(""""What it is."
-__all__ = ["F", "C", "f"]
+__all__ = ["F", "C", "f", "g"]
 F = {"a": 1}
 class C:
     "A class."
@@ -260,7 +264,18 @@ class C:
            *, fast: bool = False, **more) -> str:  # where it ends
         "Walk < run."
     def _inner(self): pass
-def f(a, b=None): "Two."
+def f(
+    # a long word on the line
+    # above its parameter
+    a,
+    b=None,
+) -> (
+    dict  # of names
+):
+    "Two."
+def g(c) -> int:  # how many
+    # no comment on the value
+    return c
 """)
     text = book.reference(tmp_path / "m.py", "m", "00_m", "Chapter M")
     assert (
@@ -279,6 +294,12 @@ def f(a, b=None): "Two."
         "<td><em>returns</em></td><td><code>str</code></td><td></td><td>where it ends</td>" in text
         and "<code>**more</code>" in text
     )
+    assert (
+        "<td><code>a</code></td><td></td><td></td><td>a long word on the line above its parameter</td>"
+        in text
+    )
+    assert "<td><code>dict</code></td><td></td><td>of names</td>" in text
+    assert "<td><code>int</code></td><td></td><td>how many</td>" in text
 
 
 def test_the_packages_of_the_book_are_a_part_of_their_own(root):
@@ -382,7 +403,7 @@ def test_every_chapter_in_a_browser_at_phone_width(site, chromium):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("where", ["disk", "server"])
-@pytest.mark.parametrize("start", ["index.html", "reference/qformer.html"])
+@pytest.mark.parametrize("start", ["index.html", "reference/model.qformer.html"])
 def test_search_finds_a_chapter_and_a_symbol(site, served, chromium, where, start):
     page, outside = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page(), []
     base = site.as_uri() if where == "disk" else served
@@ -391,7 +412,7 @@ def test_search_finds_a_chapter_and_a_symbol(site, served, chromium, where, star
         lambda r: outside.append(r.url) if not r.url.startswith((base, "data:", "blob:", "about:")) else None,
     )
     page.goto(f"{base}/{start}")
-    for words, target in (("Gumbel", "01_marketplace.html"), ("split_hash", "reference/splits.html")):
+    for words, target in (("Gumbel", "marketplace.html"), ("split_hash", "reference/data.splits.html")):
         page.locator("[data-md-component=search-query]").fill("")
         page.locator("[data-md-component=search-query]").press_sequentially(words)
         page.locator(f'.md-search-result__link[href*="{target}"]').first.wait_for(timeout=60_000)

@@ -22,7 +22,7 @@ from readme import visible
 from unirec.core.params import read_params
 
 # Part -> names of notebooks under nbs/ in the order of reading; a pattern takes what no name before it took,
-# in order of names.
+# in order of names. The last part takes first: helpers of a wing stand there and not among its chapters.
 PARTS = {
     "Start": ["index", "guides/01_your_shop"],
     "The data": ["data/*"],
@@ -35,7 +35,15 @@ PARTS = {
     "Experiments": ["experiments/*"],
     "Results": ["results/*"],
     "Pages and plots": ["report/*"],
-    "Helpers": ["core/*"],
+    "Helpers": [
+        "core/*",
+        *(
+            f"data/[0-9][0-9]_{name}"
+            for name in ("download", "sources", "jsonl", "columns", "values", "formats")
+        ),
+        "encoders/[0-9][0-9]_weights",
+        "pipeline/[0-9][0-9]_random_weights",
+    ],
 }
 WORDS = re.compile(
     r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<tick>`+)(?!`).+?(?P=tick))"
@@ -57,15 +65,15 @@ def chapters(nbs: Path) -> dict[str, list[str]]:
         if ".ipynb_checkpoints" not in p.parts
     )
     parts = {}
-    for part, patterns in PARTS.items():
+    for part in reversed(PARTS):
         parts[part] = []
-        for pattern in patterns:
+        for pattern in PARTS[part]:
             taken = [name for name in left if fnmatch(name, pattern)]
             parts[part] += taken
             left = [name for name in left if name not in taken]
     if left:
         raise ValueError(f"no part of the book takes {', '.join(left)}: name it in PARTS of tools/book.py")
-    return parts
+    return {part: parts[part] for part in PARTS}
 
 
 def may_show(params: dict) -> list[str]:
@@ -173,13 +181,31 @@ def page(path: Path, name: str, docs: Path, linked: set[str], note: str = "") ->
     return re.match(r"#\s+(.+)", parts[0])[1]
 
 
-def comments(source: str) -> dict[int, str]:
-    "Line number -> the comment at its end."
-    return {
-        t.start[0]: t.string.lstrip("# ")
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
+class Comments:
+    "The comments of a module: fastcore's docments stand at the end of a parameter's line or on the lines above it."
+
+    def __init__(self, source: str):
+        self.at_end, self.alone = {}, {}  # line number -> text
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                place = self.alone if token.line.lstrip().startswith("#") else self.at_end
+                place[token.start[0]] = token.string.lstrip("# ")
+
+    def of(self, line: int, end: int | None = None) -> str:
+        "What is said of the parameter on a line: at its end, or above it."
+        for number in range(line, (end or line) + 1):
+            if number in self.at_end:
+                return self.at_end[number]
+        above = line - 1
+        while above in self.alone:
+            above -= 1
+        return " ".join(self.alone[number] for number in range(above + 1, line))
+
+    def of_return(self, node: ast.FunctionDef) -> str:
+        "What is said of the value that a function returns: between its type and the function's body."
+        lines = range(node.returns.lineno, max(node.body[0].lineno, node.returns.end_lineno + 1))
+        at_end = [self.at_end[number] for number in lines if number in self.at_end]
+        return " ".join(at_end or [self.alone[number] for number in lines if number in self.alone])
 
 
 def cell(text: str) -> str:
@@ -187,41 +213,47 @@ def cell(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
-def parameters(node: ast.AST, said: dict[int, str]) -> str:
+def fields_of(node: ast.ClassDef) -> list[tuple]:
+    "Name, type, default, first and last line of every field of a class."
+    fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+    return [(f.target.id, f.annotation, f.value, f.lineno, f.end_lineno) for f in fields]
+
+
+def arguments_of(node: ast.FunctionDef) -> list[tuple]:
+    "Name, type, default, first and last line of every parameter of a function."
+    args = node.args
+    positional = args.posonlyargs + args.args
+    defaults = dict(zip([arg.arg for arg in positional[::-1]], args.defaults[::-1]))
+    defaults |= {arg.arg: value for arg, value in zip(args.kwonlyargs, args.kw_defaults) if value}
+    stars = {id(args.vararg): "*", id(args.kwarg): "**"}
+    rows = []
+    for arg in [*positional, args.vararg, *args.kwonlyargs, args.kwarg]:
+        if arg and arg.arg not in ("self", "cls"):
+            default = defaults.get(arg.arg)
+            end = default.end_lineno if default else arg.end_lineno
+            rows.append((stars.get(id(arg), "") + arg.arg, arg.annotation, default, arg.lineno, end))
+    return rows
+
+
+def parameters(node: ast.AST, comments: Comments) -> str:
     "A table of the parameters of a function or the fields of a class: name, type, default, meaning."
-    if isinstance(node, ast.ClassDef):
-        rows = [
-            (n.target.id, n.annotation, n.value, n.lineno) for n in node.body if isinstance(n, ast.AnnAssign)
-        ]
-    else:
-        a = node.args
-        plain = a.posonlyargs + a.args
-        given = dict(zip([p.arg for p in plain[::-1]], a.defaults[::-1])) | {
-            p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults) if d
-        }
-        stars = {id(a.vararg): "*", id(a.kwarg): "**"}
-        rows = [
-            (stars.get(id(p), "") + p.arg, p.annotation, given.get(p.arg), p.lineno)
-            for p in [*plain, a.vararg, *a.kwonlyargs, a.kwarg]
-            if p and p.arg not in ("self", "cls")
-        ]
-        rows += [("returns", node.returns, None, node.returns.end_lineno)] if node.returns else []
-    last = {row[3]: i for i, row in enumerate(rows)}  # a comment belongs to the last parameter of its line
-    table = [
-        [
-            f"<code>{name}</code>" if name != "returns" else "<em>returns</em>",
-            *(f"<code>{html.escape(ast.unparse(x))}</code>" if x else "" for x in (kind, default)),
-            cell(said.get(line, "")) if last[line] == i else "",
-        ]
-        for i, (name, kind, default, line) in enumerate(rows)
-    ]
-    head = "<tr><th>parameter</th><th>type</th><th>default</th><th>meaning</th></tr>"
-    return (
-        '<div class="scroll'
-        f' parameters"><table>{head}{"".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in table)}</table></div>'
-        if rows
-        else ""
-    )
+    rows = fields_of(node) if isinstance(node, ast.ClassDef) else arguments_of(node)
+    last = {
+        line: i for i, (*_, line, _) in enumerate(rows)
+    }  # a comment belongs to the last parameter of its line
+    table = []
+    for i, (name, kind, default, line, end) in enumerate(rows):
+        meaning = comments.of(line, end) if last[line] == i else ""
+        table.append((f"<code>{name}</code>", kind, default, meaning))
+    if isinstance(node, ast.FunctionDef) and node.returns:
+        table.append(("<em>returns</em>", node.returns, None, comments.of_return(node)))
+    if not table:
+        return ""
+    lines = ["<tr><th>parameter</th><th>type</th><th>default</th><th>meaning</th></tr>"]
+    for name, kind, default, meaning in table:
+        code = [f"<code>{html.escape(ast.unparse(part))}</code>" if part else "" for part in (kind, default)]
+        lines.append("<tr>" + "".join(f"<td>{text}</td>" for text in (name, *code, cell(meaning))) + "</tr>")
+    return f'<div class="scroll parameters"><table>{"".join(lines)}</table></div>'
 
 
 def signature(node: ast.AST, name: str) -> str:
@@ -250,7 +282,7 @@ def defined(node: ast.AST) -> list[str]:
 
 
 def entry(
-    node: ast.AST, symbol: str, source: str, said: dict[int, str], module: str, owner: str = ""
+    node: ast.AST, symbol: str, source: str, comments: Comments, module: str, owner: str = ""
 ) -> list[str]:
     "The entry of one symbol: heading, signature, docstring, parameters, link to its source; then the methods of a class."
     link = f"[source](../files/unirec/{module.replace('.', '/')}.py.md#__codelineno-0-{node.lineno})"
@@ -267,20 +299,20 @@ def entry(
         f"{'###' if owner else '##'} `{name}` {{ #{name} }}",
         f"~~~~~~python\n{signature(node, name)}\n~~~~~~",
     ]
-    parts += [html.escape(ast.get_docstring(node) or "", quote=False), parameters(node, said), link]
+    parts += [html.escape(ast.get_docstring(node) or "", quote=False), parameters(node, comments), link]
     if isinstance(node, ast.ClassDef):
         methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-        parts[3:4] = [parameters(n, said) for n in methods if n.name == "__init__"] or parts[3:4]
+        parts[3:4] = [parameters(n, comments) for n in methods if n.name == "__init__"] or parts[3:4]
         for method in methods:
             if not method.name.startswith("_") or method.name == "__call__":
-                parts += entry(method, method.name, source, said, module, f"{name}.")
+                parts += entry(method, method.name, source, comments, module, f"{name}.")
     return [part for part in parts if part]
 
 
 def reference(path: Path, module: str, chapter: str, title: str) -> str:
     "The page of one module: every exported symbol in the order of `__all__`."
     source = path.read_text(encoding="utf8")
-    tree, said = ast.parse(source), comments(source)
+    tree, comments = ast.parse(source), Comments(source)
     known = {name: node for node in tree.body for name in defined(node)}
     parts = [
         "---\nsearch: {boost: 0.5}\n---",
@@ -289,7 +321,7 @@ def reference(path: Path, module: str, chapter: str, title: str) -> str:
         f"Chapter: [{title}](../{chapter}.md)",
     ]
     for name in ast.literal_eval(known["__all__"].value):
-        parts += entry(known[name], name, source, said, module)
+        parts += entry(known[name], name, source, comments, module)
     return "\n\n".join(parts) + "\n"
 
 

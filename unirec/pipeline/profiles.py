@@ -237,7 +237,7 @@ def workspace(
 ) -> None:
     "Make a folder in which `dvc repro` runs the seven stages with these parameters, or bring it up to date."
     for source in (
-        *sorted((root / "unirec").rglob("*.py")),
+        *sorted(p for p in (root / "unirec").rglob("*") if "__pycache__" not in p.parts),
         *sorted((root / "nbs" / "stages").glob("*.ipynb")),
         *sorted((root / ".dvc").glob("plots*")),
         *sorted((root / ".dvc" / "plots").glob("*")),
