@@ -39,7 +39,7 @@ import pandas as pd
 from markupsafe import escape
 
 from ..core.files import read_json
-from ..data.quality import number
+from ..data.quality import format_number
 from .figures import inline_svg, model_note, plot_differences, read_rows
 from .tables import Cell, escape_markdown, markdown_table
 
@@ -112,10 +112,10 @@ def difference_cells(
         return ["–"] * 4
     interval = f"{row.low:+.4f} to {row.high:+.4f}"
     return [
-        number(row.difference, "{:+.4f}"),
+        format_number(row.difference, "{:+.4f}"),
         interval,
         p_text(row.holm_both),
-        number(row.detectable, "{:.4f}"),
+        format_number(row.detectable, "{:.4f}"),
     ]
 
 
@@ -128,7 +128,7 @@ def recorded_frame(
         spread = "" if pd.isna(row.std) else f"± {row.std:.4f}"
         head = [
             Cell(row.model, model_note(row.model)),
-            Cell(number(row.mrr, "{:.4f}"), spread),
+            Cell(format_number(row.mrr, "{:.4f}"), spread),
             str(row.seeds),
         ]
         cells.append([*head, *difference_cells(row), Cell(row.verdict, style=f"verdict {row.verdict}")])

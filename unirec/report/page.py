@@ -33,7 +33,7 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import Markup
 
-from ..data.quality import number, quality_tables
+from ..data.quality import format_number, quality_tables
 from .comparison import HELD_OUT, against_reference, comparison_view, recorded_comparison
 from .explorer import comparison_chart, curves_chart, explorer_view, library, policy, script_json
 from .figures import COMPARISON, CURVES, inline_svg, plot_comparison, plot_curves, read_rows
@@ -102,7 +102,7 @@ def duration(
     seconds: object,  # a number, or what is none
 ) -> str:
     "Seconds as `12.3 s` or `3 min 12 s`"
-    text = number(seconds, "{:.1f} s")
+    text = format_number(seconds, "{:.1f} s")
     if text == "–" or seconds < 60:
         return text
     minutes, rest = divmod(round(seconds), 60)
@@ -114,7 +114,7 @@ def relative_change(
     old: object,
 ) -> str:
     "By how much a value has changed, in percent of the old one"
-    if "–" in (number(new, "{}"), number(old, "{}")) or not old:
+    if "–" in (format_number(new, "{}"), format_number(old, "{}")) or not old:
         return "–"
     return f"{new / old - 1:+.1%}"
 
@@ -128,9 +128,18 @@ def llm_share_frame(
         if not isinstance(part, dict):
             continue
         mrr, without = part.get("mrr"), part.get("mrr_without_llm")
-        values = [number(mrr, "{:.4f}"), number(without, "{:.4f}"), relative_change(mrr, without)]
+        values = [
+            format_number(mrr, "{:.4f}"),
+            format_number(without, "{:.4f}"),
+            relative_change(mrr, without),
+        ]
         rows.append(
-            [model, *values, number(part.get("norm_share"), "{:.0%}"), number(part.get("gate"), "{:.3f}")]
+            [
+                model,
+                *values,
+                format_number(part.get("norm_share"), "{:.0%}"),
+                format_number(part.get("gate"), "{:.3f}"),
+            ]
         )
     return pd.DataFrame(rows, columns=["model", "MRR", "without", "change", "norm", "gate"]) if rows else None
 
@@ -148,8 +157,8 @@ def runs_frame(
         if run.get("params"):
             text = json.dumps(run["params"], indent=1, ensure_ascii=False, default=str)
             params = Cell("show", style="wide", more=text)
-        memory = f"{number(run.get('peak_memory_mb'), '{:,.0f}')} MB"
-        tokens = number(run.get("tokens_per_second"), "{:,.0f}")
+        memory = f"{format_number(run.get('peak_memory_mb'), '{:,.0f}')} MB"
+        tokens = format_number(run.get("tokens_per_second"), "{:,.0f}")
         versions = [str(run.get(key) or "–")[:9] for key in ("git_revision", "data_sha256")]
         rows.append(
             [run.get("stage") or "–", duration(run.get("seconds")), memory, tokens, *versions, params]

@@ -42,7 +42,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ..data.quality import number
+from ..data.quality import format_number
 from unirec.report.figures import (
     COMPARISON,
     METRICS,
@@ -100,7 +100,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"number": number, "cell_rows": cell_rows, "head_rows": head_rows}
+    env.filters |= {"number": format_number, "cell_rows": cell_rows, "head_rows": head_rows}
     return env
 
 
@@ -197,12 +197,12 @@ def results_frame(
     table: pd.DataFrame,  # rows of `comparison_table` for one data set
 ) -> pd.DataFrame:  # of cells
     "A row a model: mean and spread over seeds of every figure"
-    best = {figure: number(table[figure].max(), "{:.4f}") for figure in FIGURES}
+    best = {figure: format_number(table[figure].max(), "{:.4f}") for figure in FIGURES}
     rows = []
     for _, row in table.iterrows():
         cells = [Cell(row["model"], model_note(row["model"]))]
         for figure in FIGURES:
-            mean, spread = (number(row[name], "{:.4f}") for name in (figure, f"{figure} sd"))
+            mean, spread = (format_number(row[name], "{:.4f}") for name in (figure, f"{figure} sd"))
             small = "" if spread == "–" else f"± {spread}"
             cells.append(Cell(mean, small, "best" if mean == best[figure] != "–" else ""))
         rows.append(cells)
@@ -266,7 +266,7 @@ def groups_frame(
     for part in parts.itertuples():
         name = f"{re.sub('^no ', 'target lacks ', part.group)}: {part.label}"
         values = [cells.get((model, part.group, part.label), "–") for model in models]
-        rows.append([name, number(int(part.users), "{:,}"), *values])
+        rows.append([name, format_number(int(part.users), "{:,}"), *values])
     return pd.DataFrame(rows, columns=["users", "number", *models])
 
 
@@ -278,7 +278,9 @@ def formatted(
     columns = []
     for name, (_, template) in formats.items():
         values = rows[name]
-        columns.append(values.astype(str) if not template else values.map(lambda x, t=template: number(x, t)))
+        columns.append(
+            values.astype(str) if not template else values.map(lambda x, t=template: format_number(x, t))
+        )
     frame = pd.concat(columns, axis=1)
     frame.columns = [head for head, _ in formats.values()]
     return frame
