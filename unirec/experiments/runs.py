@@ -40,7 +40,7 @@ from filelock import FileLock
 
 from ..baselines.registry import BASELINES
 from ..core.files import locate
-from ..core.params import digest, override
+from ..core.params import digest, merged_strictly, override
 from ..data.datasets import download
 from ..data.prepare import prepare
 from ..data.sets import SetSpec
@@ -50,7 +50,6 @@ from .fingerprint import code_key
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import MODELS, UniRec
-from ..pipeline.profiles import merged
 from ..pipeline.recommend import Trained
 from ..pipeline.stages import embed, finetune, pretrain
 from ..pipeline.toy import toy_params
@@ -172,7 +171,7 @@ def settings_of(
         if changes is None
         else changes
     )
-    return merged(
+    return merged_strictly(
         params["baselines"].get(model), (c.get("baselines") or {}).get(model), own, BASELINES[model].fixed
     )
 

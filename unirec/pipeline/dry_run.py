@@ -46,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.device import hours, this_machine
 from ..core.memory import peak_memory_mb
-from ..core.params import read_yaml
+from ..core.params import merged_strictly, nested, read_yaml
 from ..data.datasets import download
 from ..data.prepare import prepare
 from ..data.sets import SetSpec
@@ -55,7 +55,7 @@ from ..model.events import Events, training_batches
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import UniRec
-from .profiles import Profile, check_fields, merged, nested
+from .profiles import Profile, check_fields
 from .random_weights import stand_ins
 from .stages import embed, finetune, pretrain, towers
 from ..training.objective import LossConfig, step_loss
@@ -317,7 +317,7 @@ def dry_params(profile: Profile) -> dict:
     params = deepcopy(profile.params)
     for s in ("pretrain", "finetune"):
         params[s]["batch"].setdefault("most", 0)
-    return merged(
+    return merged_strictly(
         params,
         nested(
             small
@@ -439,7 +439,7 @@ def dry_run(
         profile.models, scratch / "weights", (root / "params.yaml").read_text().splitlines(), tokenizer
     )
     say(f"three models with RANDOM weights, {time.perf_counter() - start:.0f} s")
-    params, at = merged(params, nested(made)), lambda name: scratch / name / "four"
+    params, at = merged_strictly(params, nested(made)), lambda name: scratch / name / "four"
     spec = four_items(scratch / "shop", schema, params["model"]["history"])
     download(spec, at("data"))
     prepare(at("data"), spec, at("prepared"), 0, params["seed"])

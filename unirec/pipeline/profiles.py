@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "WHOLE",
     "FIELDS",
     "NEEDS",
     "LINE",
     "USED",
-    "merged",
-    "nested",
     "Profile",
     "check_fields",
     "profile_file",
@@ -29,68 +26,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.device import Machine, this_machine
-from ..core.params import kind, read_params, read_yaml, write_params
+from ..core.params import kind, merged_strictly, nested, read_params, read_yaml, write_params
 from ..data.jsonl import field_at
 from .project import check_profile_name, profile_names
 from .random_weights import stand_ins
 
 # %% ../../nbs/pipeline/05_profiles.ipynb #cell-006
-WHOLE = ("groups", "schema", "options", "split_options")  # mappings that are one value
-
-
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-007
-def merged(
-    params: Mapping,
-    changes: Mapping,
-    where: str = "changes",  # what the message calls their source
-    path: str = "",
-) -> dict:
-    "Parameters with a profile's values; raises ValueError that names an unknown parameter, or a value of another kind."
-    out = deepcopy(dict(params))
-    for name, value in changes.items():
-        full = f"{path}{name}"
-        if name not in out:
-            raise ValueError(
-                f"{where}: {full} is not a name of params.yaml, which has"
-                f" {', '.join(map(str, out)) or 'nothing'} there"
-            )
-        kinds = kind(out[name]), kind(value)
-        if "nothing" not in kinds and kinds[0] != kinds[1]:
-            raise ValueError(
-                f"{where}: {full} is a {kinds[1]} ({value!r}), expected a {kinds[0]} as {out[name]!r}"
-            )
-        out[name] = (
-            merged(out[name], value, where, f"{full}.")
-            if kinds == ("mapping", "mapping") and name not in WHOLE
-            else deepcopy(value)
-        )
-    return out
-
-
-def nested(
-    changes: Mapping,  # {"model.width": 64}
-) -> dict:
-    "Dotted names as nested mappings; raises ValueError for a name inside another one's value."
-    out = {}
-    for name, value in changes.items():
-        *parents, last = str(name).split(".")
-        at = out
-        for part in parents:
-            at = at.setdefault(part, {})
-            if not isinstance(at, dict):
-                raise ValueError(f"{name}: {part} has a value already")
-        if last in at:
-            raise ValueError(f"{name}: a value inside it is given already")
-        at[last] = value
-    return out
-
-
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-010
 # field -> kind
 FIELDS = {
     "title": "text",
@@ -139,10 +84,10 @@ class Profile:
                 f"profiles/{self.name}.yaml: memory has no line for {machine.memory_gb:.0f} GB, expected a"
                 " last one with gb: 0"
             )
-        return merged(self.params, nested(line["set"]), f"profiles/{self.name}.yaml, memory")
+        return merged_strictly(self.params, nested(line["set"]), f"profiles/{self.name}.yaml, memory")
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-011
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-007
 def check_fields(
     told: Mapping,
     wanted: Mapping[str, str],  # name -> kind
@@ -173,7 +118,7 @@ def profile_file(name: str, root: Path) -> dict:
     return told
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-012
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-008
 def read_profile(
     name: str,
     root: Path,  # the project's folder
@@ -190,7 +135,7 @@ def read_profile(
             raise ValueError(f"profiles/{above}.yaml: base {todo!r}, expected one of {', '.join(known)}")
     params = read_params(root)
     for n, told in chain:
-        params = merged(params, told.get("params", {}), f"profiles/{n}.yaml")
+        params = merged_strictly(params, told.get("params", {}), f"profiles/{n}.yaml")
     whole = {k: v for _, told in chain for k, v in told.items() if k not in ("base", "params")}
     if missing := [f for f in FIELDS if f != "params" and f not in whole]:
         raise ValueError(f"profiles/{name}.yaml: {missing[0]} is missing")
@@ -206,7 +151,7 @@ def read_profile(
     return Profile(name, params=params, **whole)
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-017
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-013
 def put(path: Path, data: bytes) -> None:
     "Write a file whose content is another."
     if path.is_file() and path.read_bytes() == data:
@@ -228,7 +173,7 @@ def launched(
     return dvc
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-018
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-014
 def workspace(
     root: Path,  # the project's folder
     folder: Path,  # where the stages will run
@@ -255,14 +200,14 @@ def workspace(
         put(folder / "data.dvc", b"deps:\n- path: downloads\nouts:\n- path: data\n")
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-021
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-017
 def with_weights(
     profile: Profile, params: Mapping, folder: Path, texts: Sequence[str]
 ) -> dict:  # parameters; texts are what stand-in tokenizers are trained on
     "Parameters whose models are there; raises FileNotFoundError that says what to do where one is not."
     if profile.random_weights:
         made = stand_ins(profile.models, folder / "weights", texts)
-        return merged(params, nested({k: str(Path(v).relative_to(folder)) for k, v in made.items()}))
+        return merged_strictly(params, nested({k: str(Path(v).relative_to(folder)) for k, v in made.items()}))
     from unirec.encoders.openclip import tagged
     from unirec.encoders.weights import fetch
 
@@ -279,10 +224,10 @@ def with_weights(
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
         link.symlink_to(found.path.resolve(), target_is_directory=True)
-    return merged(params, nested({"llm.uri": str(link.relative_to(folder))}))
+    return merged_strictly(params, nested({"llm.uri": str(link.relative_to(folder))}))
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-028
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-024
 def warning(
     profile: Profile,
     machine: Machine,
@@ -321,7 +266,7 @@ def warning(
     )
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-031
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-027
 def run_profile(
     name: str,
     root: Path,  # the project's folder
@@ -337,7 +282,7 @@ def run_profile(
         raise ValueError(
             f"--processes {processes}: at least 1, and this machine has {len(machine.gpus)} GPUs"
         )
-    params = merged(profile.fitted(machine), nested(changes or {}), "--set")
+    params = merged_strictly(profile.fitted(machine), nested(changes or {}), "--set")
     folder = (folder or root / "runs" / name).resolve()
 
     def log(text):
