@@ -12,11 +12,9 @@ __all__ = [
     "begin_stage",
     "strip_volatile",
     "run_stage",
-    "main",
 ]
 
 # %% ../../nbs/pipeline/04_runner.ipynb #cell-003
-import argparse
 import hashlib
 import json
 import os
@@ -225,19 +223,3 @@ def run_stage(
     )
     strip_volatile(out)
     return out
-
-
-def main(argv: list[str] | None = None) -> None:
-    "`python -m unirec.pipeline.runner <stage> <data set>`, which dvc.yaml calls."
-    parser = argparse.ArgumentParser(
-        prog="python -m unirec.pipeline.runner", description="Run one stage of the pipeline by its notebook."
-    )
-    parser.add_argument("stage", choices=list(STAGES))
-    parser.add_argument("dataset", help="the name of a file in sets/, without .yaml; `all` for the report")
-    args = parser.parse_args(argv)
-    print(f"{args.stage}, {args.dataset}", flush=True)
-    run_stage(args.stage, args.dataset)
-
-
-if __name__ == "__main__" and "get_ipython" not in globals():
-    main()
