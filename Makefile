@@ -61,8 +61,8 @@ experiments:  ## run what the questions in experiments/ have not run yet (hours;
 benchmarks:  ## measure speed side by side (half an hour, on a quiet machine)
 	@$(SETUP); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done
 
-lab:  ## open JupyterLab on the notebooks
-	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs $$root $(ARGS)
+lab:  ## open JupyterLab on the index of the notebooks
+	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs/index.ipynb $$root $(ARGS)
 
 readme:  ## write README.md from nbs/index.ipynb
 	@$(SETUP); python tools/readme.py
