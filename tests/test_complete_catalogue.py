@@ -1,4 +1,4 @@
-"""A shop that keeps its data well: every item has every attribute, and all stages run to the page of results."""
+"""A shop that keeps its data well: every item has every attribute, and all stages run to the page."""
 
 import json
 
@@ -13,7 +13,7 @@ from unirec.evaluation.breakdowns import by_group, target_groups
 from unirec.pipeline.evaluate import evaluate
 from unirec.pipeline.stages import embed, finetune, pretrain
 from unirec.pipeline.toy import toy_params
-from unirec.report.report import build_page
+from unirec.report.page import build_page
 
 ITEMS, USERS, EVENTS = 24, 30, 7
 TITLE = {"type": "text", "source": "title"}
@@ -24,7 +24,7 @@ EMPTY = {"type": "text", "source": "empty"}
 
 
 def shop(root, schema):
-    "A shop of one's own in two csv files, prepared; returns its specification and the parameters of a toy run."
+    "A shop in two csv files, prepared; returns its specification and the parameters of a toy run."
     raw = root / "raw"
     raw.mkdir()
     numbers = range(ITEMS)

@@ -50,7 +50,8 @@ def bpr_loss(
     batch: dict[str, Tensor],  # users, positives, negatives: (B,) int64 each
     decay: float = 0.0,  # lambda
 ) -> Tensor:
-    "Mean over the batch of -ln sigmoid(positive - negative), plus the squared length of the rows that take part."
+    """Mean over the batch of -ln sigmoid(positive - negative), plus the squared length of the rows that take
+    part."""
     users, positive, negative = (
         model.users(batch["users"]),
         model.items(batch["positives"]),
@@ -66,7 +67,8 @@ def bpr_loss(
 def unseen_items(
     train: Histories,  # train events
 ) -> Callable:  # draw(users (B,), rng) -> (B,) int64 items
-    "A sampler of uniform items that a user never had in train; raises ValueError where somebody had all of them."
+    """A sampler of uniform items that a user never had in train; raises ValueError where somebody had all of
+    them."""
     pairs = np.unique(train.users * train.n_items + train.items)
     users, items = np.divmod(pairs, train.n_items)
     counts = np.bincount(users, minlength=len(train))
@@ -117,7 +119,9 @@ def triple_batches(
 
 # %% ../../nbs/baselines/02_bpr.ipynb #cell-018
 class UserScorer:
-    "Matrix factorisation as a scorer, by user row: the histories are there for the interface only. `model` and `log` stay at hand."
+    """Matrix factorisation as a scorer, by user row: the histories are there for the interface only.
+
+    `model` and `log` stay at hand."""
 
     def __init__(self, model: BPR):
         self.model, self.log = model, []

@@ -83,7 +83,8 @@ def released_batches(
 ) -> (
     Callable
 ):  # epoch -> list of {"words", "ends", "items", "candidates" (B, 1 + negatives), "events", "tokens"}
-    "One prompt a user: the last train event is the target, column 0 of its candidates; the negatives are drawn anew each epoch."
+    """One prompt a user: the last train event is the target, column 0 of its candidates; the negatives are
+    drawn anew each epoch."""
     users, c = np.flatnonzero(train.lengths > 1), model.config
     events = train.last(c.history + 1, users)
     last = (events >= 0).sum(1) - 1

@@ -46,7 +46,8 @@ from ..training.loop import FitConfig, fit
 
 # %% ../../nbs/baselines/04_titles.ipynb #cell-006
 def word_rows(uri: str, ids: np.ndarray) -> Tensor:  # (V,) token ids -> (V, D) float32
-    "Rows of a model's table of words, and of nothing else where the file is a .gguf; raises ValueError where there is no table."
+    """Rows of a model's table of words, and of nothing else where the file is a .gguf; raises ValueError
+    where there is no table."""
     source = locate(uri)
     if source.suffix == ".gguf":
         import gguf
@@ -66,7 +67,8 @@ def word_rows(uri: str, ids: np.ndarray) -> Tensor:  # (V,) token ids -> (V, D) 
 
 @dataclass
 class Titles:
-    "Tokens of all titles in one row, and the vectors of the words they use; each title ends with a line break."
+    """Tokens of all titles in one row, and the vectors of the words they use; each title ends with a line
+    break."""
 
     words: Tensor  # (V, D) float32
     tokens: np.ndarray  # (S,) int64 rows of `words`
@@ -103,7 +105,8 @@ def title_tokens(
     titles: list[str],
     limit: int,
 ) -> Titles:
-    "Titles as words of the language model, from the cache where they were tokenised before; raises ValueError for a title that is no text."
+    """Titles as words of the language model, from the cache where they were tokenised before; raises
+    ValueError for a title that is no text."""
     wrong = next((i for i, t in enumerate(titles) if not isinstance(t, str)), None)
     if wrong is not None:
         raise ValueError(f"title {wrong} is {titles[wrong]!r}: expected a string, use '' where there is none")

@@ -181,7 +181,8 @@ def modality_embeddings(
 def modality_retrieval(
     model: UniRec, ks: Sequence[int] = (1, 10)
 ) -> pd.DataFrame:  # query, found, items, r@k, random r@k
-    "Does an item's one modality find its other one? A row for each ordered pair that at least two items have."
+    """Does an item's one modality find its other one? A row for each ordered pair that at least two items
+    have."""
     rows, embedded = [], {t: modality_embeddings(model, [t]) for t in TABLES}
     for a, b in itertools.permutations(TABLES, 2):
         (items_a, x), (items_b, y) = embedded[a], embedded[b]
@@ -228,7 +229,8 @@ def top_lists(
 
 # %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-033
 class Watched:
-    "A scorer that also keeps the top items of every user that it was asked for, so that ranks and lists come from one pass."
+    """A scorer that also keeps the top items of every user that it was asked for, so that ranks and lists
+    come from one pass."""
 
     def __init__(
         self, scorer: Callable, h: Histories, k: int = 10

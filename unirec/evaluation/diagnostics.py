@@ -42,7 +42,8 @@ from ..model.triplets import FORMS, distinct_types
 def evaluating(
     model: UniRec, catalogue: Catalogue | None = None
 ):  # what it reads for the time being; None: its own
-    "The model in evaluation mode, without gradients, on another catalogue if one is given; afterwards as it was."
+    """The model in evaluation mode, without gradients, on another catalogue if one is given; afterwards as
+    it was."""
     was, own = model.training, model.catalogue
     model.eval()
     model.catalogue = own if catalogue is None else catalogue
@@ -66,7 +67,8 @@ def told_by_value(
     a: Tensor,
     b: Tensor,  # (n,), (m,) long: the distinct rows that each of two attributes has
 ) -> float:
-    "Share of values whose nearer mean is that of their own attribute, both attributes at equal weight; 0.5 = chance."
+    """Share of values whose nearer mean is that of their own attribute, both attributes at equal weight; 0.5
+    = chance."""
 
     def right(own, other):
         only, theirs = table[own[~torch.isin(own, other)]], table[other[~torch.isin(other, own)]]
@@ -81,7 +83,8 @@ def told_by_value(
 
 # %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-016
 def _exchanged(model: UniRec, j: int, k: int) -> tuple[Catalogue, dict[str, Tensor]]:
-    "The names of two attributes exchanged: a catalogue, and weights of the item encoder where names are a learned table."
+    """The names of two attributes exchanged: a catalogue, and weights of the item encoder where names are a
+    learned table."""
     c, triplets = model.catalogue, model.items.triplets
     order = torch.arange(len(c.names), device=c.names.device)
     order[[j, k]] = order[[k, j]]
@@ -210,7 +213,8 @@ def by_history_length(
 
 # %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-030
 def _chance(h: Histories, targets: np.ndarray) -> np.ndarray:  # (U,)
-    "Expected reciprocal rank of a random order, for each user: what is not in the history competes, and the target."
+    """Expected reciprocal rank of a random order, for each user: what is not in the history competes, and
+    the target."""
     seen = np.unique(h.users * h.n_items + h.items)  # distinct items of each user
     own = np.arange(len(h)) * h.n_items + targets
     left = h.n_items - np.bincount(seen // h.n_items, minlength=len(h)) + np.isin(own, seen)
@@ -312,7 +316,8 @@ def instability(
 def findings(
     found: dict,
 ) -> list[str]:  # of `diagnose`: schema, lengths, modalities (tables), instability (dict), recent (events)
-    "A sentence per signature: the sign and its figure, or that there is none; one before them if the model is no better than chance."
+    """A sentence per signature: the sign and its figure, or that there is none; one before them if the model
+    is no better than chance."""
     s, l, m, out = found["schema"], found["lengths"], found["modalities"], []
 
     def pooled(t, x, se):
@@ -401,7 +406,8 @@ def diagnose(
     confused: float = 0.1,  # ratio below which names do not matter
     **thresholds,
 ) -> dict:  # of `instability`; returns schema, lengths, modalities (tables), instability (dict), recent, findings (list of sentences)
-    "All four diagnoses of a trained model, on train histories and valid targets; raises ValueError if `recent` is all that the model reads."
+    """All four diagnoses of a trained model, on train histories and valid targets; raises ValueError if
+    `recent` is all that the model reads."""
     if recent >= model.config.history:
         raise ValueError(
             f"recent {recent}: the model reads {model.config.history} events, there are no older ones to"

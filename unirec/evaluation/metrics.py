@@ -29,7 +29,8 @@ from ..data.histories import Histories
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #cell-006
 def _array(values) -> np.ndarray:
-    "A numpy array on the CPU that shares memory where it can; half precision, which numpy lacks or is slow at, as float32 (exact)."
+    """A numpy array on the CPU that shares memory where it can; half precision, which numpy lacks or is slow
+    at, as float32 (exact)."""
     if not isinstance(values, torch.Tensor):
         return np.asarray(values)
     values = values.detach().cpu()
@@ -40,7 +41,8 @@ def _array(values) -> np.ndarray:
 def _count(
     scores: np.ndarray, own: np.ndarray, exclude: np.ndarray | None = None, cells: int = 1 << 18
 ) -> tuple[np.ndarray, np.ndarray]:
-    "(B,) how many items of each row score more than `own` (B, 1), and how many at least as much; excluded ones are left out."
+    """(B,) how many items of each row score more than `own` (B, 1), and how many at least as much; excluded
+    ones are left out."""
     higher, least = (np.zeros(len(scores), dtype=np.int64) for _ in range(2))
     rows = max(1, cells // max(1, scores.shape[1]))
     yes = np.empty((min(rows, len(scores)), scores.shape[1]), dtype=bool)
@@ -57,7 +59,8 @@ def _count(
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #cell-009
 def _refuse_nan(scores: np.ndarray, users) -> None:
-    "Raise ValueError where a score is NaN, with the users whose it is (the largest of numbers with a NaN is NaN)."
+    """Raise ValueError where a score is NaN, with the users whose it is (the largest of numbers with a NaN
+    is NaN)."""
     broken = np.flatnonzero(np.isnan(scores.max(1)))
     if len(broken):
         names = broken if users is None else np.asarray(users)[broken]
@@ -160,7 +163,8 @@ def _without_history(
     rows: np.ndarray,
     items: np.ndarray,  # (K,) each: what each row's user has had
 ) -> tuple[np.ndarray, np.ndarray]:  # (B,) int64 each
-    "Items that score higher than the target, and others that score the same; the history does not compete, the target always does."
+    """Items that score higher than the target, and others that score the same; the history does not compete,
+    the target always does."""
     own = scores[np.arange(len(scores)), target]
     higher, least = _count(scores, own[:, None])
     rival = items != target[rows]
@@ -172,7 +176,8 @@ def _without_history(
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #cell-045
 def _ranks_in_batches(scorer, histories, users, targets=None, candidates=None, batch=256, seed=None):
-    "Ranks of `users`, over the catalogue where there are `targets`, within `candidates` where there are any; arrays are aligned with `users`."
+    """Ranks of `users`, over the catalogue where there are `targets`, within `candidates` where there are
+    any; arrays are aligned with `users`."""
     # one draw a user, whatever the batch
     found, draw = {}, None if seed is None else np.random.default_rng(seed).random(len(users))
     for start in range(0, len(users), batch):

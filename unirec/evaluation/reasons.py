@@ -38,7 +38,8 @@ def nearest_events(
     most: int = 2,  # events for each item
     new: Tensor | None = None,  # (n, D) vectors of `items` that are not in `vectors`
 ) -> list[list[tuple[int, float]]]:  # for each item: (item of the history, cosine), nearest first
-    "The items of the history that are nearest to each recommended item; an item that was had twice stands once, and never for itself."
+    """The items of the history that are nearest to each recommended item; an item that was had twice stands
+    once, and never for itself."""
     had = list(dict.fromkeys(np.asarray(history).tolist()[::-1]))  # of equals the most recent is first
     own = vectors[torch.as_tensor(np.asarray(items, np.int64))] if new is None else new
     cosines = (F.normalize(own.float(), dim=-1) @ F.normalize(vectors[had].float(), dim=-1).T).cpu()

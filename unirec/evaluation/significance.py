@@ -29,7 +29,8 @@ from scipy import stats
 def _means(
     sums: np.ndarray, counts: np.ndarray | None, draws: int, seed: int, cells: int = 1 << 22
 ) -> np.ndarray:
-    "(draws,) means of resampled users, a bounded part of the draws at a time; `sums` and `counts` are each user's, counts None = 1."
+    """(draws,) means of resampled users, a bounded part of the draws at a time; `sums` and `counts` are each
+    user's, counts None = 1."""
     rng, n, out = np.random.default_rng(seed), len(sums), []
     rows = max(1, cells // n)
     for start in range(0, draws, rows):
@@ -74,7 +75,8 @@ def paired(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict:  # difference, low and high (95%), p (Wilcoxon, two-sided), detectable
-    "Difference of two models' MRR over the same users: bootstrap interval, signed-rank test, and the difference that a test of this power finds four times in five."
+    """Difference of two models' MRR over the same users: bootstrap interval, signed-rank test, and the
+    difference that a test of this power finds four times in five."""
     d = ours.mean(0) - theirs.mean(0)
     low, high = np.quantile(_means(d, None, draws, seed), [0.025, 0.975])
     p = stats.wilcoxon(d).pvalue if (d != 0).any() else 1.0
@@ -112,7 +114,8 @@ def paired_error(whole: np.ndarray, without: np.ndarray) -> dict[str, float]:  #
 
 # %% ../../nbs/evaluation/02_significance.ipynb #cell-022
 def _seed_part(x: np.ndarray) -> float:  # x: (S, U)
-    "What the seeds add to the variance of a model's mean, without the noise that the users' part has already; 0 for one seed."
+    """What the seeds add to the variance of a model's mean, without the noise that the users' part has
+    already; 0 for one seed."""
     s, u = x.shape
     if s == 1:
         return 0.0
@@ -126,7 +129,8 @@ def seeds_and_users(
     theirs: np.ndarray,  # (S', U) of the reference, the same users
     level: float = 0.95,
 ) -> dict[str, float]:  # difference, se, df, low, high, p, seed_share
-    "Difference of two models' MRR as a statement about other users *and* other seeds: random-effects t-test with Satterthwaite's degrees of freedom."
+    """Difference of two models' MRR as a statement about other users *and* other seeds: random-effects
+    t-test with Satterthwaite's degrees of freedom."""
     ours, theirs = np.atleast_2d(ours), np.atleast_2d(theirs)
     if ours.shape[1] != theirs.shape[1] or ours.shape[1] < 2:
         raise ValueError(f"users must be the same and at least 2, got {ours.shape[1]} and {theirs.shape[1]}")
@@ -154,7 +158,8 @@ def one_start(
     theirs: np.ndarray,  # (S, U), seed by seed from the same start, and the same users
     level: float = 0.95,
 ) -> dict[str, float]:  # difference, se, df, low, high, p
-    "Difference of two models' MRR that go on from one start for each seed: the larger p and the wider interval of the t-test over seeds and of min F' over seeds and users."
+    """Difference of two models' MRR that go on from one start for each seed: the larger p and the wider
+    interval of the t-test over seeds and of min F' over seeds and users."""
     ours, theirs = np.atleast_2d(ours), np.atleast_2d(theirs)
     if ours.shape != theirs.shape or ours.shape[1] < 2:
         raise ValueError(
@@ -276,7 +281,8 @@ def compare_models(
     draws: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    "One row a model: MRR, its spread over seeds and interval over users, and its difference to the reference with tests over users and over seeds and users."
+    """One row a model: MRR, its spread over seeds and interval over users, and its difference to the
+    reference with tests over users and over seeds and users."""
     models, rows = _by_model(ranks, column), []
     if reference not in models:
         raise ValueError(f"the reference {reference!r} is none of the models {', '.join(models)}")

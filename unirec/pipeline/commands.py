@@ -228,7 +228,10 @@ def run_recommend(args: argparse.Namespace) -> None:
         raise ValueError(f"--top {args.top}: a list has at least one place")
     params = project_params(args.root)
     check_name(args.dataset, params["sets"], "data set")
-    check_name(args.model, MODEL_NAMES, "model")
+    if args.model not in MODEL_NAMES:  # mistyped, or a baseline that was added: the registry knows
+        from unirec.pipeline.recommend import model_names
+
+        check_name(args.model, model_names(), "model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their developers
         from unirec.pipeline.recommend import Recommender

@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..baselines.classic import itemknn, markov, mean_vectors, popularity
-from ..baselines.sequential import SASRecConfig, sasrec
+from ..baselines.registry import BASELINES, fit_baseline
 from ..core.device import pick_device
 from ..data.histories import Histories
 from ..encoders.catalogue import Data, item_vectors, load_test
@@ -37,7 +36,6 @@ from ..model.events import Events, last_batches
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import MODELS, UniRec
-from ..training.loop import FitConfig
 
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-006
@@ -58,24 +56,14 @@ def trained_models(
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-007
 def baseline_scorers(
     data: Data,
-    params: Mapping,  # baselines and seed of params.yaml
-) -> tuple[dict[str, Callable], list[dict]]:  # scorers, and SASRec's log
-    "The baselines, trained on train with early stop on validation."
-    settings = params["baselines"]
-    sequential = sasrec(
-        data.train,
-        data.valid_targets,
-        SASRecConfig(**settings["sasrec"]["model"]),
-        FitConfig(**settings["sasrec"]["fit"], seed=params["seed"]),
-    )
-    scorers = {
-        "popularity": popularity(data.train),
-        "markov": markov(data.train, **settings["markov"]),
-        "itemknn": itemknn(data.train, **settings["itemknn"]),
-        "mean_vectors": mean_vectors(item_vectors(data.catalogue), **settings["mean_vectors"]),
-        "sasrec": sequential,
-    }
-    return scorers, sequential.log
+    params: Mapping,  # of params.yaml: `baselines`, the settings of those that have any, and `seed`
+) -> dict[str, Callable]:  # name -> scorer; one that is trained in epochs has a `log`
+    "The baselines of the registry that the pipeline runs, trained on train with early stop on validation."
+    scorers = {}
+    for name, baseline in BASELINES.items():
+        if baseline.pipeline:
+            scorers[name] = fit_baseline(name, data, params["baselines"].get(name) or {}, params["seed"])
+    return scorers
 
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-010
@@ -166,14 +154,15 @@ def write_breakdowns(
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-016
 def learning_curves(
     models: Path,  # folder with the logs of both stages
-    sasrec_log: list[dict],  # one row an epoch
+    baselines: Mapping[str, Callable],  # name -> scorer
 ) -> pd.DataFrame:  # model, stage, epoch, loss, mrr, seconds
     "Loss and validation MRR of every epoch of every model that is trained in epochs."
     logs = []
     for stage in ("pretrain", "finetune"):
         for name in MODELS:
             logs.append((name, stage, json.loads((models / stage / f"{name}.log.json").read_text())))
-    logs.append(("sasrec", "baseline", sasrec_log))
+    for name, scorer in baselines.items():
+        logs.append((name, "baseline", getattr(scorer, "log", [])))
     rows = []
     for name, stage, log in logs:
         for row in log:
@@ -223,7 +212,7 @@ def evaluate(
     "Rank the test targets with every model and write all results."
     h, targets, candidates, users = load_test(prepared, data)
     nets = trained_models(data, params, models)
-    baselines, sasrec_log = baseline_scorers(data, params)
+    baselines = baseline_scorers(data, params)
     scorers = {name: net.scorer() for name, net in nets.items()} | baselines
     watched = {name: Watched(scorer, h) for name, scorer in scorers.items()}
     user_ranks = {
@@ -246,7 +235,7 @@ def evaluate(
         (name, summarise(full_ranks[name])["mrr"], summarise(shuffled[name])["mrr"]) for name in user_ranks
     ]
     _write_csv(pd.DataFrame(ties, columns=["model", "mrr", "mrr_shuffled"]), results / "ties.csv")
-    _write_csv(learning_curves(models, sasrec_log), results / "curves.csv")
+    _write_csv(learning_curves(models, baselines), results / "curves.csv")
 
     predictions.mkdir(parents=True, exist_ok=True)
     columns = {"seed": params["seed"], "user": range(len(h))}

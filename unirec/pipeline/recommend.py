@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "COUNTING",
     "DAMAGE",
     "EVENTS",
     "TABLES",
+    "model_names",
     "look_into",
     "opened",
     "block",
@@ -47,7 +47,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..baselines.classic import itemknn, markov, mean_vectors, popularity
+from ..baselines.registry import BASELINES, fit_baseline
 from ..core.files import file_sha256
 from ..core.params import read_yaml
 from ..data.histories import Histories
@@ -61,17 +61,16 @@ from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import MODELS, Scorer, UniRec
 from .cold_start import new_catalogue, same_towers
-from .project import MODEL_NAMES, check_name, index_of, project_params
+from .project import check_name, index_of, project_params
 from .runner import stage_params
 from .stages import towers
 
+
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-006
-COUNTING = {
-    "popularity": lambda data, p: popularity(data.train),
-    "markov": lambda data, p: markov(data.train, **p["markov"]),
-    "itemknn": lambda data, p: itemknn(data.train, **p["itemknn"]),
-    "mean_vectors": lambda data, p: mean_vectors(item_vectors(data.catalogue), **p["mean_vectors"]),
-}
+def model_names() -> list[str]:
+    "Models that can be asked: UniRec's from their checkpoints, and the baselines that only count and need none."
+    return [*MODELS, *(name for name, b in BASELINES.items() if b.pipeline and not b.drawn)]
+
 
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-008
 # what readers raise for a file that is cut
@@ -298,7 +297,7 @@ class Trained:
     "A trained model, what is known of its users, and the names of everything."
 
     data: Data
-    model: str  # one of `MODELS` or `COUNTING`
+    model: str  # one of `model_names()`
     scorer: Callable  # (histories, users) -> (B, N) scores
     net: UniRec | None  # None: an opponent that counts
     histories: Histories  # what is known of the users: train and valid
@@ -431,7 +430,7 @@ def restored(data: Data, params: Mapping, models: Path, name: str) -> UniRec:
 def counted(name: str, data: Data, settings: Mapping) -> Callable:  # params.yaml's `baselines`
     "A model that counts; raises ValueError that names its settings where they are none."
     with block(f"baselines.{name}"):
-        return COUNTING[name](data, settings)
+        return fit_baseline(name, data, settings.get(name) or {})
 
 
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-033
@@ -450,7 +449,7 @@ class Answering(Trained):
         root = Path(root)
         params = project_params(root) if params is None else params
         check_name(dataset, params["sets"], "data set")
-        check_name(model, MODEL_NAMES, "model")
+        check_name(model, model_names(), "model")
         same_settings(
             root,
             dataset,

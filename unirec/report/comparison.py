@@ -38,9 +38,10 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import escape
 
+from ..baselines.registry import model_note
 from ..core.files import read_json
 from ..data.quality import format_number
-from .figures import inline_svg, model_note, plot_differences, read_rows
+from .figures import inline_svg, plot_differences, read_rows
 from .tables import Cell, escape_markdown, markdown_table
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-008

@@ -6,7 +6,6 @@
 __all__ = [
     "PROTOCOLS",
     "METRICS",
-    "MODELS",
     "SPARE_COLOURS",
     "OTHERS",
     "INK",
@@ -14,7 +13,6 @@ __all__ = [
     "PLOT_STYLE",
     "COMPARISON",
     "CURVES",
-    "model_note",
     "colours",
     "read_rows",
     "shortened",
@@ -36,24 +34,11 @@ import seaborn as sns
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from ..baselines.registry import model_colour
+
 # %% ../../nbs/report/01_figures.ipynb #cell-006
 PROTOCOLS = {"full": "Whole catalogue", "sampled100": "Target among 100"}
 METRICS = {"mrr": "MRR", "hit@10": "Hit@10", "ndcg@10": "NDCG@10"}
-MODELS = {  # name: (colour, what it is)
-    "unirec": ("#0b8a83", "the paper's attributes"),
-    "unirec_id": ("#d9622b", "attributes and the item's id"),
-    "sasrec": ("#6b74c9", "self-attention over item ids"),
-    "markov": ("#b0578d", "transitions from the last items"),
-    "itemknn": ("#8f7a3a", "items seen by the same users"),
-    "mean_vectors": ("#4b8fc7", "mean of the frozen vectors"),
-    "popularity": ("#808a99", "how often an item was chosen"),
-    "bpr": ("#a0703c", "matrix factorisation on pairs"),
-    "gru4rec": ("#5f9140", "recurrent network over item ids"),
-    "sasrec_vectors": ("#2f7fd1", "self-attention over the frozen vectors"),
-    "sasrec_both": ("#9a5fc0", "self-attention over vectors and ids"),
-    "text_llm": ("#c2506a", "a language model reads the titles"),
-    "released": ("#3f93a3", "the released code's way, written anew; on two data sets"),
-}
 SPARE_COLOURS = ["#7a5c00", "#00708a", "#8a3b12", "#5a6b2f", "#7b4a86"]
 OTHERS = "#7d8898"  # bars of what UniRec is compared with
 INK, LINE = "#1f2328", "#d1d7de"  # on the page these two become var(--ink) and var(--line)
@@ -80,21 +65,13 @@ PLOT_STYLE = sns.axes_style("ticks") | {
 }
 
 
-def model_note(
-    model: str,
-) -> str:  # empty for a model that is not known here
-    "What a model is, in a few words"
-    return MODELS[model][1] if model in MODELS else ""
-
-
 def colours(
     models,  # names of models
 ) -> dict:  # name -> colour, the same one on every plot
     "A colour for each model: known ones keep theirs, unknown ones share the spare ones"
-    spare = [name for name in models if name not in MODELS]
+    spare = [name for name in models if model_colour(name) is None]
     return {
-        name: MODELS[name][0] if name in MODELS else SPARE_COLOURS[spare.index(name) % len(SPARE_COLOURS)]
-        for name in models
+        name: model_colour(name) or SPARE_COLOURS[spare.index(name) % len(SPARE_COLOURS)] for name in models
     }
 
 

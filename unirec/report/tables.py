@@ -42,16 +42,9 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from ..baselines.registry import model_note
 from ..data.quality import format_number
-from unirec.report.figures import (
-    COMPARISON,
-    METRICS,
-    PROTOCOLS,
-    inline_svg,
-    model_note,
-    plot_groups,
-    read_rows,
-)
+from .figures import COMPARISON, METRICS, PROTOCOLS, inline_svg, plot_groups, read_rows
 
 
 # %% ../../nbs/report/02_tables.ipynb #cell-006
