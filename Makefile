@@ -1,20 +1,20 @@
-# make repro | verify | reference | test | export | book | tune | compare | carry | experiments | benchmarks | lab | readme | clean-env | help
+# make repro | verify | reference | test | export | book | run | benchmarks | lab | readme | clean-env | help
 # Every job first sets up what it needs (see tools/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with the newest of Python 3.13, 3.12 and 3.11 that is found. PYTHON=/path/to/python names one.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env repro verify reference test export book tune compare carry experiments benchmarks lab readme clean-env
+.PHONY: help env repro verify reference test export book run benchmarks lab readme clean-env
 
 PYTHON ?=
 export PYTHON
 # a file in profiles/, without .yaml; empty: the default pipeline, in this folder
 PROFILE ?=
-# further words for `dvc repro`, for example ARGS='finetune@sample'
+# a file in experiments/, without .yaml
+STUDY ?= comparison
+# further words for `dvc repro` or `unirec run`, for example ARGS='finetune@sample'
 ARGS ?=
 
 SETUP = set -eo pipefail; source tools/env.sh
-# experiments/ is a DVC project with git, which DVC has to be told where there is none (a source archive)
-SCM = if [ -e $(1) ]; then dvc config --local --unset core.no_scm 2>/dev/null || true; else dvc config --local core.no_scm true; fi
 # tables and vectors of the sets that the pipeline makes
 VECTORS = dvc repro $$(python -c 'import yaml; print(*("embed@" + d for d in yaml.safe_load(open("params.yaml"))["datasets"]))')
 
@@ -46,17 +46,8 @@ export:  ## write unirec/ from the notebooks: nbdev_export, then ruff format
 book:  ## the notebooks as a site that needs no network: _book/index.html
 	@NEEDS=book; $(SETUP); python tools/book.py $(ARGS)
 
-tune:  ## tune the opponents on valid within the budget of params.yaml, and write the best settings there (resumes)
-	@$(SETUP); $(VECTORS); python -m unirec.experiments.tuning --write $(ARGS)
-
-compare:  ## every model, five seeds, every data set: what has not run yet (a day; resumes), and the table
-	@$(SETUP); $(VECTORS); python -m unirec.experiments.comparison $(ARGS)
-
-carry:  ## keep runs whose code changed and whose ranks did not: one seed of each is run again; of the comparison, or ARGS='--questions experiments/*.yaml'
-	@$(SETUP); python -m unirec.experiments.carried $(ARGS)
-
-experiments:  ## run what the questions in experiments/ have not run yet (hours; resumes), and judge them; ARGS=ask@fusion for one
-	@$(SETUP); $(VECTORS); cd experiments; $(call SCM,../.git); dvc repro $(ARGS)
+run:  ## do the runs of a study that are not recorded yet, and judge it (resumes): make run STUDY=comparison
+	@$(SETUP); $(VECTORS); python -m unirec.cli run $(STUDY) $(ARGS)
 
 benchmarks:  ## measure speed side by side (half an hour, on a quiet machine)
 	@$(SETUP); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done

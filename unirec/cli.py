@@ -55,6 +55,12 @@ COMMANDS = {
         "run_recommend",
         "what a user would like next, from what the pipeline wrote",
     ),
+    "run": Command(
+        "unirec.experiments.runs",
+        "add_run",
+        "run_studies",
+        "the runs of a study that are not recorded, and its tables",
+    ),
     "doctor": Command(
         "unirec.pipeline.commands", "add_doctor", "run_doctor", "this machine, the profiles, a dry run"
     ),
