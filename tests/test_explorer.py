@@ -238,7 +238,7 @@ def test_an_item_that_nothing_is_known_of_is_named(files):  # noqa: F811
 
 
 def test_without_a_comparison_the_chart_has_this_runs_figures(files):  # noqa: F811
-    (files / "results/made_up/compare.csv").unlink()
+    (files / "results/comparison/comparison.table.csv").unlink()
     build_page(
         files / "results",
         files / "predictions",

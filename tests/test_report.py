@@ -34,6 +34,11 @@ def write_json(path, value):
     path.write_text(json.dumps(value))
 
 
+def append(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    rows.to_csv(path, mode="a", header=not path.exists(), index=False)
+
+
 def write_compared(folder, name):
     """A comparison in which UniRec trails sasrec, its reference, and what stands behind the means."""
     rows = [
@@ -67,10 +72,9 @@ def write_compared(folder, name):
             (INJECTED, 0.05, 0.0001, "worse"),
         )
     ]
-    pd.DataFrame(rows).to_csv(folder / "compare.csv", index=False)
-    pd.DataFrame({"model": "unirec", "seed": [0, 1, 1], "protocol": "leave_one_out"}).to_csv(
-        folder / "runs.csv", index=False
-    )
+    runs = {"dataset": name, "variant": "unirec", "seed": [0, 1], "protocol": "leave_one_out"}
+    append(folder.parent / "comparison/comparison.table.csv", pd.DataFrame(rows))
+    append(folder.parent / "comparison/comparison.runs.csv", pd.DataFrame(runs))
     rows = [
         (model, "target", label, users, level, level / 2, level * 2)
         for model, level in MODELS.items()
@@ -585,20 +589,27 @@ def test_a_quality_report_may_lack_things(files, report):
 
 
 def test_without_a_comparison_one_line_says_what_makes_it(files):
-    for name in ("compare", "runs", "breakdowns"):
-        (files / f"results/made_up/{name}.csv").unlink()
+    for name in ("comparison/comparison.table", "comparison/comparison.runs", "made_up/breakdowns"):
+        (files / f"results/{name}.csv").unlink()
     build(files, sets={"made_up": SETS["made_up"]}, wanted={"made_up": 40})
     text = (files / "reports/index.html").read_text()
-    assert "has not been run here: 0 of 40 runs are recorded; make compare makes it" in text
-    assert (
-        'class="recorded"' not in text
-        and 'class="evaluation"' not in text
-        and "Smallest difference found" not in text
-    )
+    assert "has not been run here: 0 of 40 runs are recorded; unirec run comparison makes it" in text
+    for absent in ('class="recorded"', 'class="evaluation"', "Smallest difference found"):
+        assert absent not in text
+
+
+def test_an_earlier_versions_comparison_says_so(files):
+    folder = files / "results/comparison"
+    (folder / "comparison.table.csv").rename(folder / "0.1.0.csv")
+    build(files, sets={"made_up": SETS["made_up"]})
+    text = (files / "reports/index.html").read_text()
+    assert '<span class="badge note">version 0.1.0</span>' in text and 'class="recorded"' in text
+    # the chart of the explorer has the figures of the run itself
+    assert "MRR minus that of" not in text.split('id="explorer-data">')[1].split("</script>")[0]
 
 
 def test_sentences_follow_the_verdicts(files):
-    path = files / "results/made_up/compare.csv"
+    path = files / "results/comparison/comparison.table.csv"
     table = pd.read_csv(path)
     before = comparison.comparison_markdown(files / "results", SETS, {"made_up": 40})
     assert (
@@ -606,7 +617,7 @@ def test_sentences_follow_the_verdicts(files):
         and "2 of 40 runs are recorded" in before
         and "<script" not in before
     )
-    ours = table["model"] == "unirec"
+    ours = (table["model"] == "unirec") & (table["dataset"] == "made_up")
     table.loc[ours, ["difference", "low", "high", "verdict"]] = [0.005, 0.001, 0.009, "better"]
     table.to_csv(path, index=False)
     after = comparison.comparison_markdown(files / "results", SETS)
@@ -627,7 +638,7 @@ def test_unirec_is_picked_by_valid_not_by_test(files):
 
 
 def test_broken_comparison_is_named(files):
-    path = files / "results/made_up/compare.csv"
+    path = files / "results/comparison/comparison.table.csv"
     pd.read_csv(path).drop(columns="verdict").to_csv(path, index=False)
-    with pytest.raises(ValueError, match="compare.csv: the columns .'verdict'. are missing"):
+    with pytest.raises(ValueError, match="comparison.table.csv: the columns .'verdict'. are missing"):
         build(files)

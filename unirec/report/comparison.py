@@ -12,37 +12,27 @@ __all__ = [
     "read_recorded",
     "recorded_comparison",
     "against_reference",
-    "p_text",
-    "difference_cells",
     "recorded_frame",
-    "best_unirec",
-    "on_new_targets",
-    "leads_or_trails",
-    "best_on_test_sentence",
     "data_set_sentence",
     "overall_sentence",
     "progress_sentence",
     "robustness_frame",
-    "title_of",
-    "overall_sentences",
     "comparison_markdown",
-    "protocol_view",
     "comparison_view",
 ]
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-002
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from markupsafe import escape
 
 from ..baselines.registry import model_note
-from ..core.files import read_json
 from ..data.quality import format_number
 from .figures import inline_svg, plot_differences, read_rows
-from .tables import Cell, escape_markdown, markdown_table
+from .tables import Cell, escape_markdown, markdown_table, p_text
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-008
 HELD_OUT = {"leave_one_out": "Last event held out", "last5": "Last five events held out"}  # protocol -> title
@@ -57,9 +47,7 @@ VERDICTS = ("better", "worse", "undecided", "reference")
 class RecordedComparison:
     "What has been recorded, by data set"
 
-    tables: dict[str, pd.DataFrame] = field(
-        default_factory=dict
-    )  # data set -> rows with the columns `RECORDED`
+    tables: dict[str, pd.DataFrame]  # data set -> rows with the columns `RECORDED`
     label: str = ""  # where the rows come from, if it is not the present version
 
 
@@ -78,9 +66,16 @@ def read_recorded(
 def recorded_comparison(
     results: Path,  # results folder
 ) -> RecordedComparison:
-    "The comparison that is recorded; empty where there is none"
-    tables = {path.parent.name: read_recorded(path) for path in sorted(Path(results).glob("*/compare.csv"))}
-    return RecordedComparison(tables)
+    "The comparison of the present version, else that of the last one; empty where there is none"
+    folder, label = Path(results) / "comparison", ""
+    path = folder / "comparison.table.csv"
+    if not path.is_file():
+        earlier = sorted(folder.glob("[0-9]*.csv"))
+        if not earlier:
+            return RecordedComparison({})
+        path, label = earlier[-1], f"version {earlier[-1].stem}"
+    tables = {str(name): rows for name, rows in read_recorded(path).groupby("dataset", sort=False)}
+    return RecordedComparison(tables, label)
 
 
 def against_reference(
@@ -96,16 +91,7 @@ def against_reference(
 
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-011
-def p_text(
-    p: float,  # a p-value
-) -> str:
-    "Three decimals, and no false precision below"
-    if pd.isna(p):
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def difference_cells(
+def _difference_cells(
     row,  # of `against_reference`
 ) -> list[str]:  # difference, interval, p, smallest difference found; dashes for the reference
     "How far a model is from the reference, and how certain that is"
@@ -132,7 +118,7 @@ def recorded_frame(
             Cell(format_number(row.mrr, "{:.4f}"), spread),
             str(row.seeds),
         ]
-        cells.append([*head, *difference_cells(row), Cell(row.verdict, style=f"verdict {row.verdict}")])
+        cells.append([*head, *_difference_cells(row), Cell(row.verdict, style=f"verdict {row.verdict}")])
     heads = [
         "model",
         "MRR",
@@ -147,7 +133,7 @@ def recorded_frame(
 
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-016
-def best_unirec(
+def _best_unirec(
     rows: pd.DataFrame,  # what `against_reference` returned
 ) -> tuple[pd.Series, pd.Series] | None:  # its row, the reference's; None without one of them
     "The UniRec that is better on validation, and the reference"
@@ -158,7 +144,7 @@ def best_unirec(
     return ours.sort_values("valid_mrr").iloc[-1], reference.iloc[0]
 
 
-def on_new_targets(
+def _on_new_targets(
     table: pd.DataFrame,  # rows of one data set
     protocol: str,
     model: str,
@@ -171,7 +157,7 @@ def on_new_targets(
     return rows.loc[model, "mrr"], rows.loc[reference, "mrr"], rows.loc[model, "verdict"]
 
 
-def leads_or_trails(
+def _leads_or_trails(
     relative: float,  # a difference relative to what it is a difference to
 ) -> str:
     "A relative difference in words"
@@ -180,7 +166,7 @@ def leads_or_trails(
     return f"{'leads' if relative > 0 else 'trails'} by {abs(relative):.1%}"
 
 
-def best_on_test_sentence(
+def _best_on_test_sentence(
     table: pd.DataFrame,  # rows of one data set
     protocol: str,
     model: str,
@@ -195,7 +181,7 @@ def best_on_test_sentence(
     relative = row["difference"] / (row["mrr"] - row["difference"])
     return (
         f" The baseline that is best on test is {row['reference']}: against it UniRec"
-        f" {leads_or_trails(relative)}, verdict: {row['verdict']}."
+        f" {_leads_or_trails(relative)}, verdict: {row['verdict']}."
     )
 
 
@@ -204,7 +190,7 @@ def data_set_sentence(
     protocol: str,
 ) -> str:
     "Where UniRec stands on one data set, worse or better, from the verdicts"
-    pair = best_unirec(against_reference(table, protocol))
+    pair = _best_unirec(against_reference(table, protocol))
     if pair is None:
         return "There is no UniRec among the runs yet."
     row, reference = pair
@@ -213,17 +199,17 @@ def data_set_sentence(
     text = (
         f"{row['model']} (the best UniRec on validation) has a test MRR of {row['mrr']:.4f},"
         f" {reference['model']} (the best baseline on validation) {reference['mrr']:.4f}:"
-        f" UniRec {leads_or_trails(relative)}, verdict: {row['verdict']}"
+        f" UniRec {_leads_or_trails(relative)}, verdict: {row['verdict']}"
         f" ({row['low']:+.4f} to {row['high']:+.4f}, p {p_text(row['holm_both'])} after Holm; a difference of"
         f" {row['detectable']:.4f} would be found four times in five{seeds})."
     )
-    new = on_new_targets(table, protocol, row["model"], reference["model"])
+    new = _on_new_targets(table, protocol, row["model"], reference["model"])
     if new is not None:
         text += (
             f" Over the targets that the user has not had before: {new[0]:.4f} against {new[1]:.4f},"
             f" verdict: {new[2]}."
         )
-    return text + best_on_test_sentence(table, protocol, row["model"], reference["model"])
+    return text + _best_on_test_sentence(table, protocol, row["model"], reference["model"])
 
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-020
@@ -234,12 +220,12 @@ def overall_sentence(
     "On how many data sets the best UniRec is better, worse or undecided against the best baseline"
     texts = {"better": [], "undecided": [], "worse": []}
     for name, table in tables.items():
-        pair = best_unirec(against_reference(table, protocol))
+        pair = _best_unirec(against_reference(table, protocol))
         if pair is None:
             continue
         row, reference = pair
         text = f"{name} {row['difference'] / reference['mrr']:+.1%}"
-        new = on_new_targets(table, protocol, row["model"], reference["model"])
+        new = _on_new_targets(table, protocol, row["model"], reference["model"])
         if new is not None:
             text += f", over targets new to their users {new[2]}"
         texts[row["verdict"]].append(text)
@@ -261,28 +247,20 @@ def overall_sentence(
 def progress_sentence(
     results: Path,  # results folder
     dataset: str,
-    # how many runs the comparison has on this data set; None: as its summary says, if there is one
-    wanted: int | None = None,
+    wanted: int | None = None,  # how many runs the comparison has on this data set, if that is known
 ) -> str:
     "How many runs of a data set are recorded, and what to do about the others"
-    folder = Path(results) / dataset
-    summary = read_json(folder / "compare.json")
-    wanted = summary.get("wanted") if wanted is None else wanted
+    path = Path(results) / "comparison" / "comparison.runs.csv"
     recorded = 0
-    if (folder / "runs.csv").is_file():
-        run = ["model", "seed", "protocol"]
-        recorded = len(read_rows(folder / "runs.csv", run, "seed")[run].drop_duplicates())
+    if path.is_file():
+        runs = read_rows(path, ["dataset", "variant", "seed"], "seed", "variant")
+        recorded = int((runs["dataset"] == dataset).sum())
     count = f"{recorded:,} of {wanted:,} runs are recorded" if wanted else f"{recorded:,} runs are recorded"
-    if not (folder / "compare.csv").is_file():
-        return f"The full comparison has not been run here: {count}; `make compare` makes it."
-    text = f"The full comparison: {count}."
+    if not recorded:
+        return f"The comparison has not been run here: {count}; `unirec run comparison` makes it."
     if wanted and recorded < wanted:
-        text = f"The full comparison is not complete: {count}; `make compare` goes on with it."
-    waiting = [models.items() for models in summary.get("waiting", {}).values()]
-    names = sorted({f"{model} ({seeds})" for models in waiting for model, seeds in models})
-    if names:
-        text += f" Outside the table, because they have fewer seeds than the others: {', '.join(names)}."
-    return text
+        return f"The comparison is not complete: {count}; `unirec run comparison` goes on with it."
+    return f"The comparison: {count}."
 
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-026
@@ -312,7 +290,7 @@ def robustness_frame(
 
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-029
-def title_of(
+def _title_of(
     name: str,  # a data set
     sets: Mapping[str, Mapping],  # data set -> its settings; `synthetic` is read
 ) -> str:
@@ -320,12 +298,12 @@ def title_of(
     return f"{name} (synthetic)" if sets.get(name, {}).get("synthetic") is True else name
 
 
-def overall_sentences(
+def _overall_sentences(
     tables: Mapping[str, pd.DataFrame],  # data set -> its rows
     sets: Mapping[str, Mapping],  # data set -> its settings
 ) -> list[str]:
     "A sentence over all data sets for every protocol that was run"
-    titled = {title_of(name, sets): table for name, table in tables.items()}
+    titled = {_title_of(name, sets): table for name, table in tables.items()}
     return [text for protocol in HELD_OUT if (text := overall_sentence(titled, protocol))]
 
 
@@ -337,10 +315,13 @@ def comparison_markdown(
     "The comparison as Markdown: a sentence over all, then what has run, sentences and tables of each set"
     recorded, wanted = recorded_comparison(results), wanted or {}
     tables = {name: recorded.tables[name] for name in sets if name in recorded.tables}
-    parts = [escape_markdown(text) for text in overall_sentences(tables, sets)]
+    parts = [escape_markdown(text) for text in _overall_sentences(tables, sets)]
+    if recorded.label:
+        parts.insert(0, f"These figures were recorded with {recorded.label}, not by the present one.")
     for name in [*tables, *(name for name in sets if name not in tables)]:
-        title = title_of(name, sets)
-        parts.append(f"**{escape_markdown(title)}.** {progress_sentence(results, name, wanted.get(name))}")
+        title = _title_of(name, sets)
+        note = "" if recorded.label else progress_sentence(results, name, wanted.get(name))
+        parts.append(f"**{escape_markdown(title)}.** {note}".rstrip())
         if name not in tables:
             continue
         for protocol in tables[name]["protocol"].drop_duplicates():
@@ -356,7 +337,7 @@ def comparison_markdown(
 
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-033
-def protocol_view(
+def _protocol_view(
     table: pd.DataFrame,  # rows of one data set
     dataset: str,
     protocol: str,
@@ -393,12 +374,13 @@ def comparison_view(
     tables = {name: recorded.tables[name] for name in every if name in recorded.tables}
     parts = []
     for name, table in tables.items():
-        views = [protocol_view(table, name, protocol) for protocol in table["protocol"].drop_duplicates()]
+        note = "" if recorded.label else progress_sentence(results, name, wanted.get(name)).replace("`", "")
+        views = [_protocol_view(table, name, protocol) for protocol in table["protocol"].drop_duplicates()]
         parts.append(
             {
                 "name": name,
                 "synthetic": every[name].get("synthetic") is True,
-                "note": progress_sentence(results, name, wanted.get(name)).replace("`", ""),
+                "note": note,
                 "protocols": [view for view in views if view],
                 "robustness": robustness_frame(table),
             }
@@ -410,7 +392,7 @@ def comparison_view(
     ]
     return {
         "label": recorded.label,
-        "overall": overall_sentences(tables, every),
+        "overall": _overall_sentences(tables, every),
         "parts": parts,
         "missing": missing,
     }

@@ -13,6 +13,9 @@ __all__ = [
     "paint",
     "curves_chart",
     "comparison_chart",
+    "run_chart_rows",
+    "comparison_charts",
+    "curve_charts",
     "script_json",
     "library",
     "policy",
@@ -25,12 +28,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 
 import altair as alt
 import pandas as pd
 import vl_convert
 
-from .figures import OTHERS, colours
+from .comparison import HELD_OUT, against_reference, recorded_comparison
+from .figures import OTHERS, best_validation, colours, read_curves
 
 # %% ../../nbs/report/03_explorer.ipynb #cell-006
 PICTURE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
@@ -203,6 +208,59 @@ def comparison_chart(
 
 
 # %% ../../nbs/report/03_explorer.ipynb #cell-019
+def run_chart_rows(
+    table: pd.DataFrame,  # rows of `comparison_table` of one data set
+) -> pd.DataFrame:  # model, value, low, high, note
+    "MRR of every model of a run, with one standard deviation over seeds"
+    mean, spread = table["full mrr"], table["full mrr sd"]
+    bounds = {"low": mean - spread, "high": mean + spread}
+    return table[["model"]].assign(value=mean, **bounds, note=table["seeds"].map("{} seed(s)".format))
+
+
+def comparison_charts(
+    results: Path,  # results folder
+    name: str,  # data set
+    table: pd.DataFrame,  # its rows of `comparison_table`
+) -> dict:  # title, caption, words, spec
+    "The chart of the comparison"
+    recorded = recorded_comparison(results)
+    differences = pd.DataFrame()
+    if name in recorded.tables and not recorded.label:
+        protocol = recorded.tables[name]["protocol"].iloc[0]
+        differences = against_reference(recorded.tables[name], protocol)
+    if differences.empty:
+        rows, title = run_chart_rows(table), "MRR, whole catalogue"
+        caption = "Test; this run. Lines are one standard deviation over seeds, where there are several."
+    else:
+        title = f"MRR minus that of {differences['reference'].iloc[0]}"
+        caption = (
+            f"Test, several seeds, {HELD_OUT.get(protocol, protocol).lower()}. Lines are 95% intervals over"
+            " users and seeds; right of 0 is better than the baseline that is best on validation."
+        )
+        notes = [f"MRR {r.mrr:.4f}, {int(r.seeds)} seed(s), {r.verdict}" for r in differences.itertuples()]
+        rows = differences.rename(columns={"difference": "value"}).assign(note=notes)
+        rows = rows[["model", "value", "low", "high", "note"]]
+    values = ", ".join(f"{row.model} {row.value:.4f}" for row in rows.itertuples())
+    spec = comparison_chart(rows, title, zero=not differences.empty)
+    return {"title": "Comparison", "caption": caption, "words": f"{title}: {values}", "spec": spec}
+
+
+def curve_charts(
+    folder: Path,  # results of one data set
+) -> list[dict]:  # title, caption, words, spec
+    "The charts of the learning curves, one a stage"
+    curves = read_curves(folder).replace([float("inf"), -float("inf")], float("nan"))
+    charts = []
+    for stage, part in curves.groupby("stage", sort=False):
+        caption = "One seed; the chosen model stands out."
+        if part["mrr"].isna().all():
+            caption = "Training loss; MRR on validation is not measured in this stage."
+        title, words = f"Learning curves: {stage}", best_validation(part)
+        charts.append({"title": title, "caption": caption, "words": words, "spec": curves_chart(part)})
+    return charts
+
+
+# %% ../../nbs/report/03_explorer.ipynb #cell-022
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -211,7 +269,7 @@ def script_json(value) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(ESCAPES)
 
 
-# %% ../../nbs/report/03_explorer.ipynb #cell-021
+# %% ../../nbs/report/03_explorer.ipynb #cell-024
 @cache
 def library() -> str:
     "Vega, Vega-Lite and Vega-Embed as one script, from the package that carries them"

@@ -15,6 +15,8 @@ __all__ = [
     "CURVES",
     "colours",
     "read_rows",
+    "best_validation",
+    "read_curves",
     "shortened",
     "plot_comparison",
     "plot_curves",
@@ -84,18 +86,34 @@ def read_rows(
     path: Path,  # a csv file
     columns: list[str],  # those it must have
     required: str,  # a column that may not be empty or infinite
+    named_by: str = "model",  # the column that says whose row it is, which may not be empty
 ) -> pd.DataFrame:
     "A table that a stage wrote, or an error that names the file and what is wrong with it"
-    rows = pd.read_csv(
-        path, dtype={"dataset": str, "model": str, "stage": str}, keep_default_na=False, na_values=[""]
-    )
+    texts = {name: str for name in ("dataset", "model", "stage")}
+    rows = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
     if absent := [name for name in columns if name not in rows.columns]:
         raise ValueError(f"{path}: the columns {absent} are missing")
     if bad := int((~pd.to_numeric(rows[required], errors="coerce").abs().lt(float("inf"))).sum()):
         raise ValueError(f"{path}: {bad} rows whose `{required}` is not a finite number")
-    if rows[["model"]].isna().any(axis=None):
-        raise ValueError(f"{path}: a row without a model")
+    if rows[named_by].isna().any():
+        raise ValueError(f"{path}: a row without a {named_by}")
     return rows
+
+
+def best_validation(
+    curves: pd.DataFrame,  # rows of curves.csv of one stage
+) -> str:
+    "The best MRR on validation of every model, in words"
+    best = curves.dropna(subset=["mrr"]).groupby("model")["mrr"].max()
+    values = ", ".join(f"{model} {value:.4f}" for model, value in best.items())
+    return f"Best MRR on validation: {values or 'not measured'}"
+
+
+def read_curves(
+    folder: Path,  # results of one data set
+) -> pd.DataFrame:
+    "The learning curves of a data set"
+    return read_rows(Path(folder) / "curves.csv", CURVES, "epoch")
 
 
 # %% ../../nbs/report/01_figures.ipynb #cell-014
