@@ -28,12 +28,12 @@ from PIL import Image
 from unirec.core.files import advise_on_disk_errors, gunzip, sibling_path, unzip, write_json
 from unirec.core.params import read_params
 from unirec.data import sources
-from unirec.data.datasets import download
-from unirec.data.download import FetchError, Patience, fetch, fetch_hub
-from unirec.data.pictures import Limits, examine, fetch_pictures, packed, picture_urls
+from unirec.data.download import FetchError, Patience, fetch
+from unirec.data.pictures import Limits, examine, fetch_pictures, packed_names, picture_urls
 from unirec.data.prepare import prepare
+from unirec.data.releases import RELEASES, RawFile, Release, five_core, join_reviews
 from unirec.data.sets import SetSpec
-from unirec.data.sources import SOURCES, ByHand, RawFile, Source, five_core, get, join_reviews
+from unirec.data.sources import ManualDownload, download, fetch_hub, fetch_release
 from unirec.data.values import clean_image
 from unirec.encoders.pictures import picture_bytes
 
@@ -661,7 +661,7 @@ def test_pictures_are_packed_or_listed(server, tmp_path):
     counts = fetch_pictures(urls, tmp_path / "images.zip", limits=LIMITS, patience=QUICK)
     failures = json.loads((tmp_path / "images.zip.failures.json").read_text())
     good = {f"images/{n}" for n in GOOD} | {"images/late.png"}
-    assert packed(tmp_path / "images.zip") == good and set(failures) == set(urls) - good
+    assert packed_names(tmp_path / "images.zip") == good and set(failures) == set(urls) - good
     assert all(f["cause"] and f["url"] == urls[n] for n, f in failures.items())
     assert counts == {
         "asked": len(urls),
@@ -839,7 +839,7 @@ def listing(server, folder, stem, add=""):
     for name in (f"{stem}.csv", f"{stem}.jsonl", f"meta_{stem}.jsonl"):
         server.routes[f"/{name}.gz"] = file(gzip.compress((folder / name).read_bytes()))
     names = (f"{stem}.csv", f"{stem}.jsonl", f"meta_{stem}.jsonl")
-    return Source(
+    return Release(
         stem,
         "none",
         server.url(""),
@@ -885,7 +885,7 @@ def test_a_set_by_name_goes_through_the_download_stage(server, tmp_path, monkeyp
     (site / "meta_Toys.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     # the sixth is gone
     server.routes |= {f"/{i}.png": file(picture(size=(i + 1, 2)), etag=None) for i in range(5)}
-    monkeypatch.setitem(SOURCES, "toys", listing(server, site, "Toys"))
+    monkeypatch.setitem(RELEASES, "toys", listing(server, site, "Toys"))
     monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
         sources, "fetch_pictures", lambda urls, shard: fetch_pictures(urls, shard, patience=QUICK)
@@ -964,9 +964,9 @@ def test_pictures_of_older_amazon_sets_come_by_their_addresses(
         f"/I/{k}.png": file(picture(size=(k + 1, 2)), etag=None) for k in range(3)
     }
     monkeypatch.setitem(
-        SOURCES,
+        RELEASES,
         "toys",
-        Source("Toys", "none", server.url(""), tuple(RawFile(n, (server.url(f"/{n}"),)) for n in lines)),
+        Release("Toys", "none", server.url(""), tuple(RawFile(n, (server.url(f"/{n}"),)) for n in lines)),
     )
     monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
@@ -1002,9 +1002,9 @@ def test_pictures_of_older_amazon_sets_come_by_their_addresses(
     assert [len(server.asked[f"/I/{k}.png"]) for k in range(4)] == [1, 1, 1, 2]
     prepare(tmp_path / "raw", spec, tmp_path / "prepared", negatives=0)
     pictures = pd.read_parquet(tmp_path / "prepared" / "items.parquet").picture
-    assert packed(tmp_path / "raw" / "images.zip") == set(pictures[:3]) and pictures[3] not in packed(
-        tmp_path / "raw" / "images.zip"
-    )
+    assert packed_names(tmp_path / "raw" / "images.zip") == set(pictures[:3]) and pictures[
+        3
+    ] not in packed_names(tmp_path / "raw" / "images.zip")
     assert picture_bytes(list(pictures[:3]), tmp_path / "raw")[0] == {
         pictures[k]: picture(size=(k + 1, 2)) for k in range(3)
     }
@@ -1076,7 +1076,7 @@ def test_photos_of_yelp_are_taken_along(by_name, tmp_path, monkeypatch):
         None,
         None,
     ] and quality["invalid_values"] == {"photo": 1}
-    assert packed(tmp_path / "raw" / "images.zip") == {"photos/p.jpg"} and picture_bytes(
+    assert packed_names(tmp_path / "raw" / "images.zip") == {"photos/p.jpg"} and picture_bytes(
         ["photos/p.jpg"], tmp_path / "raw"
     )[0] == {"photos/p.jpg": picture("JPEG")}
     for path in (shelf / "photos" / "p.jpg", shelf / "photos.json"):
@@ -1087,8 +1087,8 @@ def test_photos_of_yelp_are_taken_along(by_name, tmp_path, monkeypatch):
 
 def test_a_download_that_fails_leaves_no_raw_folder(dead, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(SOURCES, "toys", Source("Toys", "none", dead, (RawFile("Toys.csv", (dead,)),)))
-    monkeypatch.setattr(sources.get, "__defaults__", (None, (), QUICK))
+    monkeypatch.setitem(RELEASES, "toys", Release("Toys", "none", dead, (RawFile("Toys.csv", (dead,)),)))
+    monkeypatch.setattr(sources.fetch_release, "__defaults__", (None, (), QUICK))
     spec = SetSpec.from_params(
         "toys",
         {
@@ -1107,20 +1107,20 @@ def test_a_download_that_fails_leaves_no_raw_folder(dead, tmp_path, monkeypatch)
 
 
 def test_yelp_says_what_to_do_and_takes_what_was_put_there(tmp_path):
-    with pytest.raises(ByHand) as e:
-        get("yelp", tmp_path / "raw", tmp_path / "shelf")
+    with pytest.raises(ManualDownload) as e:
+        fetch_release("yelp", tmp_path / "raw", tmp_path / "shelf")
     said = str(e.value)
     assert (
-        SOURCES["yelp"].page in said
+        RELEASES["yelp"].page in said
         and "licence" in said
         and str(tmp_path / "shelf") in said
         and "yelp_academic_dataset_review.json" in said
     )
     (tmp_path / "shelf").mkdir()
-    for f in SOURCES["yelp"].files:
+    for f in RELEASES["yelp"].files:
         (tmp_path / "shelf" / f.name).write_text("{}\n")
-    get("yelp", tmp_path / "raw", tmp_path / "shelf")
-    assert {f.name for f in SOURCES["yelp"].files} <= set(left(tmp_path / "raw"))
+    fetch_release("yelp", tmp_path / "raw", tmp_path / "shelf")
+    assert {f.name for f in RELEASES["yelp"].files} <= set(left(tmp_path / "raw"))
 
 
 def test_every_named_set_of_params_has_a_source_with_its_files():
@@ -1131,7 +1131,7 @@ def test_every_named_set_of_params_has_a_source_with_its_files():
     assert {"beauty", "baby"} <= set(named)
     for spec in named.values():
         assert {f"{spec.files}.jsonl", f"meta_{spec.files}.jsonl"} <= {
-            f.name for f in SOURCES[spec.source.removeprefix("get:")].files
+            f.name for f in RELEASES[spec.source.removeprefix("get:")].files
         }
 
 
@@ -1145,9 +1145,9 @@ def test_a_zip_by_name(server, tmp_path, monkeypatch):
     server.routes["/ml-100k.zip"] = then(file(data, cut=50), file(data))
     pinned = RawFile("ml-100k.zip", (server.url("/ml-100k.zip"),), hashlib.sha256(data).hexdigest())
     monkeypatch.setitem(
-        SOURCES, "small", Source("small", "none", "", (pinned,), SOURCES["movielens_zip"].make)
+        RELEASES, "small", Release("small", "none", "", (pinned,), RELEASES["movielens_zip"].make)
     )
-    get("small", tmp_path / "raw", tmp_path / "shelf", patience=QUICK)
+    fetch_release("small", tmp_path / "raw", tmp_path / "shelf", patience=QUICK)
     assert left(tmp_path / "raw") == ["README", "source.json", "u.data", "u.item"] and left(tmp_path) == [
         "raw",
         "shelf",
@@ -1239,12 +1239,12 @@ def test_the_official_list_and_raw_files_give_the_reference_split(server, tmp_pa
     (site / "meta_All_Beauty.jsonl").write_text(
         json.dumps({"parent_asin": "not in it"}) + "\n" + (real / "meta_All_Beauty.jsonl").read_text()
     )
-    assert [f.name for f in SOURCES["all_beauty_5core"].files] == [
+    assert [f.name for f in RELEASES["all_beauty_5core"].files] == [
         "All_Beauty.csv",
         "All_Beauty.jsonl",
         "meta_All_Beauty.jsonl",
     ]
-    monkeypatch.setitem(SOURCES, "all_beauty_5core", listing(server, site, "All_Beauty"))
+    monkeypatch.setitem(RELEASES, "all_beauty_5core", listing(server, site, "All_Beauty"))
     monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))
     params = read_params(ROOT)["sets"]["all_beauty"]
     spec = SetSpec.from_params("all_beauty", params | {"source": "get:all_beauty_5core"})

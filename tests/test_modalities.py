@@ -13,8 +13,8 @@ from scipy import signal
 from scipy.io import wavfile
 
 from unirec.data import prepare
-from unirec.data.datasets import download
 from unirec.data.sets import SetSpec
+from unirec.data.sources import download
 from unirec.encoders import catalogue
 from unirec.encoders.modalities import TABLES, register_encoder, unregister_encoder
 from unirec.model.hierarchy import EncoderConfig

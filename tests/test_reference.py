@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from unirec.core.params import read_params
-from unirec.data.datasets import download
 from unirec.data.prepare import prepare
 from unirec.data.sets import SetSpec
+from unirec.data.sources import download
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = read_params(ROOT)

@@ -19,7 +19,6 @@ import torch._dynamo  # noqa: F401  the optimiser imports it
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from unirec.data.download import resume
 from unirec.data.histories import Histories
 from unirec.encoders.catalogue import toy_catalogue
 from unirec.evaluation.metrics import full_ranks, summarise
@@ -28,6 +27,7 @@ from unirec.model.hierarchy import EncoderConfig, Reconstruction
 from unirec.model.losses import info_nce
 from unirec.model.recommender import UniRec
 from unirec.training import loop as training
+from unirec.training import resume
 
 HISTORY = 6
 CONFIG = {"epochs": 3, "lr": 3e-3, "patience": 3, "seed": 5}

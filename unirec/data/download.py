@@ -6,26 +6,20 @@
 __all__ = [
     "Patience",
     "Refused",
-    "Passing",
-    "Stale",
+    "Temporary",
+    "OutdatedPart",
     "FetchError",
-    "stands",
-    "discard",
-    "resume",
+    "is_fetched",
+    "record_sha256",
+    "discard_part",
+    "kept_part",
     "validator",
     "retry_after",
-    "judge",
-    "continues",
+    "body_range",
     "write_body",
-    "attempt",
-    "cause_of",
-    "tried",
-    "persist",
-    "checked",
-    "bring",
+    "fetch_part",
+    "only_one_process",
     "fetch",
-    "fetch_hub",
-    "first_line",
 ]
 
 # %% ../../nbs/data/06_download.ipynb #cell-003
@@ -33,7 +27,8 @@ import errno
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -41,7 +36,6 @@ from pathlib import Path
 
 import requests
 from filelock import FileLock
-from huggingface_hub import hf_hub_download
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError as BodyError
@@ -76,8 +70,7 @@ class Refused(Exception):
     "This address will not give the file, however often it is asked."
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-009
-class Passing(Exception):
+class Temporary(Exception):
     "Trouble that is worth another attempt."
 
     def __init__(self, cause: str, wait: float | None = None):  # s that the server asked for
@@ -85,12 +78,10 @@ class Passing(Exception):
         self.wait = wait
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-010
-class Stale(Passing):
-    "What is kept does not belong to the file that the server has: from the start again."
+class OutdatedPart(Temporary):
+    "What was kept does not belong to the file that the server has: the download starts again."
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-011
 class FetchError(OSError):
     "A file cannot be had: every address with its cause, and where to put the file by hand."
 
@@ -109,51 +100,59 @@ class FetchError(OSError):
         self.causes = dict(causes)
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-013
-def stands(
+# %% ../../nbs/data/06_download.ipynb #cell-010
+def is_fetched(
     path: Path,
     sha256: str | None = None,  # what it must have; None: what the record beside it says
 ) -> bool:
     "Is the file there, and right? One that was put there by hand, where no sha256 is known, is taken and recorded."
     if not path.is_file():
         return False
-    found, record = file_sha256(path), read_json(sibling_path(path, ".sha256.json"))
+    actual, record = file_sha256(path), read_json(sibling_path(path, ".sha256.json"))
     if sha256 is None and not record:
-        write_json(sibling_path(path, ".sha256.json"), {"from": "put here by hand", "sha256": found})
+        record_sha256(path, "put here by hand", actual)
         return True
-    return found == (sha256 or record.get("sha256"))
+    return actual == (sha256 or record.get("sha256"))
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-016
-def discard(part: Path) -> None:
-    "Forget what has come of a file."
+def record_sha256(path: Path, origin: str, sha256: str) -> None:
+    "Note beside a file where it came from and what its hash is."
+    write_json(sibling_path(path, ".sha256.json"), {"from": origin, "sha256": sha256})
+
+
+# %% ../../nbs/data/06_download.ipynb #cell-013
+def discard_part(part: Path) -> None:
+    "Remove what has come of a file, and the note beside it."
     part.unlink(missing_ok=True)
     sibling_path(part, ".json").unlink(missing_ok=True)
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-017
-def resume(
+def kept_part(
     part: Path,
     url: str,
     pinned: bool,  # is the sha256 known?
 ) -> tuple[int, dict, dict]:  # bytes to keep, the note, headers that ask for the rest
     "What can be kept of an earlier attempt."
-    note, have = read_json(sibling_path(part, ".json")), part.stat().st_size if part.exists() else 0
-    same = note.get("url") == url
-    validator, total = note.get("validator") if same else None, note.get("total")
-    if not have or not (same or pinned) or not (validator or total) or (total and have > total):
+    note, size = read_json(sibling_path(part, ".json")), part.stat().st_size if part.exists() else 0
+    same, total = note.get("url") == url, note.get("total")
+    version = note.get("validator") if same else None
+    usable = (same or pinned) and (version or total) and not (total and size > total)
+    if not size or not usable:
         return 0, {}, {}
-    return have, note, {"Range": f"bytes={have}-"} | ({"If-Range": validator} if validator else {})
+    return (
+        size,
+        note | {"same": same},
+        {"Range": f"bytes={size}-"} | ({"If-Range": version} if version else {}),
+    )
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-018
 def validator(headers: Mapping[str, str]) -> str | None:
     "What a server will know this version of the file by."
     etag = headers.get("ETag", "")
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-021
+# %% ../../nbs/data/06_download.ipynb #cell-016
 def retry_after(headers: Mapping[str, str]) -> float | None:
     "Seconds that a server asks to wait: a number or a date."
     raw = headers.get("Retry-After", "").strip()
@@ -165,49 +164,54 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-023
-def judge(
-    r: requests.Response, have: int, note: Mapping, path: Path, pinned: bool
+# %% ../../nbs/data/06_download.ipynb #cell-018
+def body_range(
+    r: requests.Response,
+    size: int,  # bytes that are kept
+    note: Mapping,  # of the part; `same`: is it of this address?
+    path: Path,
+    pinned: bool,  # is the sha256 known?
 ) -> tuple[int, int | None]:  # where the body starts in the file; bytes of the whole file
-    "Accept an answer, or raise Refused or Passing."
-    said = f"{r.status_code} {r.reason}"
+    "Accept an answer; raises Refused or Temporary."
+    answer = f"{r.status_code} {r.reason}"
     if r.status_code == 416:
-        raise Stale(f"{said}: what was kept does not fit", 0)
+        raise OutdatedPart(f"{answer}: what was kept does not fit", 0)
     if r.status_code in (408, 425, 429) or r.status_code >= 500:
-        raise Passing(said, retry_after(r.headers))
+        raise Temporary(answer, retry_after(r.headers))
     if r.status_code not in (200, 206):
-        raise Refused(said)
+        raise Refused(answer)
     if r.headers.get("Content-Type", "").startswith("text/html") and path.suffix not in (".html", ".htm"):
         raise Refused("a web page came in place of the file")
     if r.headers.get("Content-Encoding", "identity") != "identity" and path.suffix != ".gz":
         raise Refused("the body is compressed, which was not asked for")
     if r.status_code == 206:
-        return continues(r.headers, have, note)
+        return size, _continued_total(r.headers, size, note)
     length = r.headers.get("Content-Length", "")
-    if not length.isdigit() and not pinned and r.headers.get("Transfer-Encoding", "").lower() != "chunked":
+    if length.isdigit():
+        return 0, int(length)
+    if not pinned and r.headers.get("Transfer-Encoding", "").lower() != "chunked":
         raise Refused("neither a length nor a sha256 is known: a whole file cannot be told from a cut one")
-    return 0, int(length) if length.isdigit() else None
+    return 0, None
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-024
-def continues(headers: Mapping[str, str], have: int, note: Mapping) -> tuple[int, int | None]:
-    "Is this the rest of what is kept? Some servers send a range whatever the validator says."
+def _continued_total(headers: Mapping[str, str], size: int, note: Mapping) -> int | None:
+    "Bytes of the whole file, where this is the rest of what is kept; some servers send a range whatever the validator says."
     m = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
     total = int(m[2]) if m and m[2] != "*" else None
-    changed = (
-        note.get("validator") and note.get("same") and validator(headers) not in (None, note["validator"])
-    )
-    if not m or int(m[1]) != have or changed or (note.get("total") and total != note["total"]):
-        raise Stale("the file changed between two parts", 0)
-    return have, total
+    changed = False
+    if note.get("validator") and note.get("same"):
+        changed = validator(headers) not in (None, note["validator"])
+    if not m or int(m[1]) != size or changed or (note.get("total") and total != note["total"]):
+        raise OutdatedPart("the file changed between two parts", 0)
+    return total
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-026
+# %% ../../nbs/data/06_download.ipynb #cell-021
 def write_body(
     r: requests.Response, part: Path, start: int, patience: Patience, bar: tqdm | None
 ) -> int:  # bytes of the file so far
-    "Append the body of an answer; raises Passing when it is too slow, Refused when it is too long."
-    size, since, then = start, time.monotonic(), start
+    "Append the body of an answer; raises Temporary when it is too slow, Refused when it is too long."
+    size, measured_at, measured_size = start, time.monotonic(), start
     with open(part, "r+b" if start else "wb", buffering=0) as f:
         f.seek(start)
         f.truncate()
@@ -216,141 +220,140 @@ def write_body(
             if size > patience.largest:
                 raise Refused(f"more than {patience.largest:,} bytes")
             view = memoryview(data)
-            while view:
+            while view:  # a write may take a part only
                 view = view[f.write(view) :]
             if bar is not None:
                 bar.update(len(data))
-            if (spent := time.monotonic() - since) > patience.idle:
-                if size - then < patience.slowest * spent:
-                    raise Passing(f"slower than {patience.slowest:g} bytes/s")
-                since, then = time.monotonic(), size
+            spent = time.monotonic() - measured_at
+            if spent > patience.idle:
+                if size - measured_size < patience.slowest * spent:
+                    raise Temporary(f"slower than {patience.slowest:g} bytes/s")
+                measured_at, measured_size = time.monotonic(), size
     return size
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-027
-def attempt(
-    session: requests.Session, url: str, path: Path, pinned: bool, patience: Patience, bar: tqdm | None
-) -> None:
-    "Ask once for what is missing of `<name>.part`; raises Passing or Refused."
-    part = sibling_path(path, ".part")
-    have, note, headers = resume(part, url, pinned)
-    if have and have == note.get("total"):
-        return
-    with session.get(
-        url,
-        headers={"Accept-Encoding": "identity", **headers},
-        stream=True,
-        timeout=(patience.connect, patience.idle),
-    ) as r:
-        try:
-            start, total = judge(r, have, note | {"same": note.get("url") == url}, path, pinned)
-        except Stale:
-            discard(part)
-            raise
-        if (total or 0) > patience.largest:
-            raise Refused(f"{total:,} bytes are more than {patience.largest:,}")
-        if (total or 0) - start > (free := shutil.disk_usage(part.parent).free):
-            raise OSError(errno.ENOSPC, f"{total - start:,} bytes are to come, {free:,} are free", str(part))
-        if not start:
-            discard(part)  # before the note: a kill in between must not give old bytes a new note
-        write_json(
-            sibling_path(part, ".json"), {"url": url, "validator": validator(r.headers), "total": total}
-        )
-        if bar is not None:
-            bar.total, bar.n = total, start
-            bar.refresh()
-        try:
-            size = write_body(r, part, start, patience, bar)
-        except Refused:
-            discard(part)
-            raise
-    if total is not None and size != total:
-        raise Passing(f"cut after {size:,} of {total:,} bytes")
-
-
-# %% ../../nbs/data/06_download.ipynb #cell-028
-def cause_of(error: Exception) -> Exception:
-    "The trouble of a library as Passing or Refused, without addresses in memory."
-    # of a connection that does not come about
+# %% ../../nbs/data/06_download.ipynb #cell-022
+def _failure(error: Exception) -> Exception:
+    "The trouble of a library as Temporary or Refused, without addresses in memory."
+    # `reason`: why a connection does not come about
     reason = getattr(error.args[0] if error.args else None, "reason", error)
-    text = (
-        str(reason.args[0] if isinstance(reason, ProtocolError) and reason.args else reason)
-        or type(reason).__name__
-    )
-    text = re.sub(r"^(<[^<>]*>|HTTPS?Connection(Pool)?\([^)]*\)): ", "", text)
+    text = str(reason.args[0] if isinstance(reason, ProtocolError) and reason.args else reason)
+    text = re.sub(r"^(<[^<>]*>|HTTPS?Connection(Pool)?\([^)]*\)): ", "", text or type(reason).__name__)
     if isinstance(reason, NameResolutionError):
         return Refused("no such host, or no network")
-    if isinstance(
-        error,
-        requests.ConnectionError | requests.Timeout | BodyError | requests.exceptions.ChunkedEncodingError,
-    ):
-        return Passing(text)
-    return Refused(text)
-
-
-# %% ../../nbs/data/06_download.ipynb #cell-030
-def tried(*args) -> None:
-    "One attempt, its trouble as Passing or Refused; takes what `attempt` takes."
-    try:
-        attempt(*args)
-    except (requests.RequestException, BodyError) as e:
-        raise cause_of(e) from None
-
-
-# %% ../../nbs/data/06_download.ipynb #cell-031
-def persist(
-    session: requests.Session, url: str, path: Path, pinned: bool, patience: Patience, bar: tqdm | None
-) -> None:
-    "Bring `<name>.part` to its end from one address; raises Passing or Refused."
-    part, grow = (
-        sibling_path(path, ".part"),
-        wait_exponential_jitter(multiplier=patience.wait, max=patience.longest, jitter=patience.wait),
+    passing = (
+        requests.ConnectionError,
+        requests.Timeout,
+        BodyError,
+        requests.exceptions.ChunkedEncodingError,
     )
+    return Temporary(text) if isinstance(error, passing) else Refused(text)
 
-    def pause(state) -> float:
-        asked = state.outcome.exception().wait
-        if asked is not None and asked > patience.longest:
-            raise Refused(f"{state.outcome.exception()}: it asks to wait for {asked:.0f} s")
-        return grow(state) if asked is None else asked
 
-    def size():
-        return part.stat().st_size if part.exists() else 0
+# %% ../../nbs/data/06_download.ipynb #cell-024
+@dataclass
+class _Transfer:
+    "One file on its way to `<name>.part`."
 
-    while True:
-        before = size()
-        rounds = Retrying(
-            stop=stop_after_attempt(patience.attempts),
-            wait=pause,
-            retry=retry_if_exception_type(Passing),
-            reraise=True,
-        )
+    session: requests.Session
+    path: Path
+    sha256: str | None
+    patience: Patience
+    bar: tqdm | None
+
+    def __post_init__(self):
+        self.part, self.pinned = sibling_path(self.path, ".part"), self.sha256 is not None
+
+    def size(self) -> int:
+        "Bytes that have come."
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def attempt(self, url: str) -> None:
+        "Ask once for what is missing; raises Temporary or Refused."
         try:
-            return rounds(tried, session, url, path, pinned, patience, bar)
-        except Passing:
-            if size() <= before:
+            self._request(url)
+        except OutdatedPart:
+            discard_part(self.part)
+            raise
+        except (requests.RequestException, BodyError) as e:
+            raise _failure(e) from None
+
+    def _request(self, url: str) -> None:
+        "One request; raises what `attempt` raises, and errors of the libraries."
+        size, note, headers = kept_part(self.part, url, self.pinned)
+        if size and size == note.get("total"):
+            return
+        timeout = (self.patience.connect, self.patience.idle)
+        headers = {"Accept-Encoding": "identity", **headers}
+        with self.session.get(url, headers=headers, stream=True, timeout=timeout) as r:
+            start, total = body_range(r, size, note, self.path, self.pinned)
+            self._check_room(total or 0, start)
+            if not start:
+                discard_part(self.part)  # now: a kill further down must not give old bytes a new note
+            note = {"url": url, "validator": validator(r.headers), "total": total}
+            write_json(sibling_path(self.part, ".json"), note)
+            if self.bar is not None:
+                self.bar.total, self.bar.n = total, start
+                self.bar.refresh()
+            try:
+                size = write_body(r, self.part, start, self.patience, self.bar)
+            except Refused:
+                discard_part(self.part)
                 raise
+        if total is not None and size != total:
+            raise Temporary(f"cut after {size:,} of {total:,} bytes")
+
+    def _check_room(self, total: int, start: int) -> None:
+        "Raise Refused for a file that is too large, OSError for a disk that is too small."
+        if total > self.patience.largest:
+            raise Refused(f"{total:,} bytes are more than {self.patience.largest:,}")
+        free = shutil.disk_usage(self.part.parent).free
+        if total - start > free:
+            room = f"{total - start:,} bytes are to come, {free:,} are free"
+            raise OSError(errno.ENOSPC, room, str(self.part))
+
+    def complete(self, url: str) -> None:
+        "Bring the part to its end from one address; raises Temporary or Refused."
+        patience = self.patience
+        wait = wait_exponential_jitter(multiplier=patience.wait, max=patience.longest, jitter=patience.wait)
+
+        def pause(state) -> float:
+            error = state.outcome.exception()
+            if error.wait is None:
+                return wait(state)
+            if error.wait > patience.longest:
+                raise Refused(f"{error}: it asks to wait for {error.wait:.0f} s")
+            return error.wait
+
+        while True:
+            before = self.size()
+            attempts = Retrying(
+                stop=stop_after_attempt(patience.attempts),
+                wait=pause,
+                retry=retry_if_exception_type(Temporary),
+                reraise=True,
+            )
+            try:
+                return attempts(self.attempt, url)
+            except Temporary:
+                if self.size() <= before:
+                    raise
+
+    def verified(self, url: str) -> str:  # the sha256
+        "Bring the part to its end and check it; raises Temporary or Refused."
+        while True:
+            had_part = self.part.exists()
+            self.complete(url)
+            actual = file_sha256(self.part)
+            if self.sha256 in (None, actual):
+                return actual
+            discard_part(self.part)
+            if not had_part:  # else what lay there may be at fault: the file is fetched from its start
+                raise Refused(f"its sha256 is {actual}, expected {self.sha256}")
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-032
-def checked(
-    session: requests.Session, url: str, path: Path, sha256: str | None, patience: Patience, bar: tqdm | None
-) -> str:  # its sha256
-    "`<name>.part` from one address, whole and with the right sha256; raises Passing or Refused."
-    part = sibling_path(path, ".part")
-    while True:
-        kept = part.exists()
-        persist(session, url, path, sha256 is not None, patience, bar)
-        found = file_sha256(part)
-        if sha256 in (None, found):
-            return found
-        discard(part)
-        # else what lay there may be at fault: once more, from the start
-        if not kept:
-            raise Refused(f"its sha256 is {found}, expected {sha256}")
-
-
-# %% ../../nbs/data/06_download.ipynb #cell-034
-def bring(
+# %% ../../nbs/data/06_download.ipynb #cell-026
+def fetch_part(
     urls: Sequence[str],  # mirrors, the best first
     path: Path,
     session: requests.Session,
@@ -359,18 +362,26 @@ def bring(
     bar: tqdm | None = None,
 ) -> tuple[str, str]:  # the address that gave it, its sha256
     "Fetch `<name>.part` from the first mirror that has it; raises FetchError. The caller moves it to its place."
-    causes = {}
+    causes, transfer = {}, _Transfer(session, path, sha256, patience, bar)
     if path.is_file():
         causes[f"{path.name}, as it lies there"] = "its sha256 is another one"
     for url in urls:
         try:
-            return url, checked(session, url, path, sha256, patience, bar)
-        except (Passing, Refused) as e:
+            return url, transfer.verified(url)
+        except (Temporary, Refused) as e:
             causes[url] = str(e)
     raise FetchError(path, causes, sha256)
 
 
-# %% ../../nbs/data/06_download.ipynb #cell-035
+@contextmanager
+def only_one_process(path: Path) -> Iterator[None]:
+    "Of two processes one fetches a file, the other waits; errors of this machine say what to do."
+    with advise_on_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(sibling_path(path, ".lock")):
+            yield
+
+
 def fetch(
     urls: Sequence[str],  # mirrors, the best first
     path: Path,  # where the file goes; `<name>.part` lies beside it meanwhile
@@ -379,69 +390,14 @@ def fetch(
 ) -> Path:
     "A file that is there, whole and right; raises FetchError, or OSError where this machine is the cause."
     path = Path(path)
-    with advise_on_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(sibling_path(path, ".lock")):  # of two processes one fetches, the other finds it there
-            if stands(path, sha256):
-                return path
-            with (
-                tqdm(unit="B", unit_scale=True, desc=path.name, disable=None) as bar,
-                requests.Session() as session,
-            ):
-                url, found = bring(urls, path, session, sha256, patience, bar)
-            move_into_place(sibling_path(path, ".part"), path)
-            discard(sibling_path(path, ".part"))
-            if sha256 is None:
-                write_json(sibling_path(path, ".sha256.json"), {"from": url, "sha256": found})
+    with only_one_process(path):
+        if is_fetched(path, sha256):
+            return path
+        bar = tqdm(unit="B", unit_scale=True, desc=path.name, disable=None)
+        with bar, requests.Session() as session:
+            url, actual = fetch_part(urls, path, session, sha256, patience, bar)
+        move_into_place(sibling_path(path, ".part"), path)
+        discard_part(sibling_path(path, ".part"))
+        if sha256 is None:
+            record_sha256(path, url, actual)
     return path
-
-
-# %% ../../nbs/data/06_download.ipynb #cell-042
-def fetch_hub(
-    repo: str,  # "owner/name" of a data set
-    filename: str,
-    path: Path,
-    revision: str = "main",
-    sha256: str | None = None,
-    endpoint: str | None = None,  # None: what HF_ENDPOINT says, or the hub
-) -> Path:
-    "A file of a data set on the Hugging Face hub at `path`; raises FetchError, or OSError where this machine is the cause."
-    path, url = Path(path), f"hub:{repo}@{revision}/{filename}"
-    with advise_on_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(sibling_path(path, ".lock")):
-            if stands(path, sha256):
-                return path
-            try:
-                got = Path(
-                    hf_hub_download(
-                        repo,
-                        filename,
-                        repo_type="dataset",
-                        revision=revision,
-                        local_dir=sibling_path(path, ".hub"),
-                        endpoint=endpoint,
-                    )
-                )
-            # its client raises errors of several libraries; those with an errno are of this machine
-            except Exception as e:
-                if isinstance(e, OSError) and e.errno is not None:
-                    raise
-                raise FetchError(path, {url: first_line(e)}, sha256) from None
-            found = file_sha256(got)
-            if sha256 not in (None, found):
-                got.unlink()
-                raise FetchError(path, {url: f"its sha256 is {found}, expected {sha256}"}, sha256)
-            move_into_place(got, path)
-            shutil.rmtree(sibling_path(path, ".hub"))
-            if sha256 is None:
-                write_json(sibling_path(path, ".sha256.json"), {"from": url, "sha256": found})
-    return path
-
-
-# %% ../../nbs/data/06_download.ipynb #cell-043
-def first_line(error: Exception) -> str:
-    "What an error says, its first sentence only, without ids that differ every time."
-    return re.sub(
-        r"\s*\(Request ID:[^)]*\)", "", (str(error).strip() or type(error).__name__).splitlines()[0]
-    )

@@ -8,10 +8,8 @@ __all__ = [
     "examine",
     "picture_urls",
     "fetch_picture",
-    "pack",
-    "packed",
-    "Harvest",
-    "gather",
+    "pack_pictures",
+    "packed_names",
     "fetch_pictures",
 ]
 
@@ -23,8 +21,8 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import requests
@@ -41,7 +39,7 @@ from unirec.core.files import (
     stays_in_folder,
     write_json,
 )
-from .download import FetchError, Patience, bring, discard
+from .download import FetchError, Patience, discard_part, fetch_part
 from .jsonl import decode_json, field_at, file_lines, parse_records
 from .values import main_picture
 
@@ -61,20 +59,22 @@ def examine(data: bytes, limits: Limits = Limits()) -> set[str]:  # of "cmyk", "
     "Decode a picture whole; raises ValueError for what is none, is cut, or is too large."
     if len(data) > limits.largest:
         raise ValueError(f"{len(data):,} bytes are more than {limits.largest:,}")
+    kinds = set()
     try:
         with Image.open(io.BytesIO(data), formats=limits.formats) as im:
             if im.width * im.height > limits.pixels:
                 raise ValueError(f"{im.width} x {im.height} pixels are more than {limits.pixels:,}")
-            kind = {"cmyk"} & {im.mode.lower()} | (
-                {"animated"} if getattr(im, "is_animated", False) else set()
-            )
+            if im.mode == "CMYK":
+                kinds.add("cmyk")
+            if getattr(im, "is_animated", False):
+                kinds.add("animated")
             im.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"not a picture ({', '.join(limits.formats)})") from None
     # a decoder can raise anything on a damaged file
     except Exception as e:
         raise ValueError(f"not a readable picture ({e})") from None
-    return kind
+    return kinds
 
 
 # %% ../../nbs/data/13_pictures.ipynb #cell-010
@@ -110,7 +110,7 @@ def fetch_picture(
     patience: Patience,
     session: requests.Session,
 ) -> tuple[Path, set[str], bool]:  # its file, what it is, was it fetched now?
-    "A picture that was looked at; raises ValueError or FetchError with the cause."
+    "A picture that was decoded once; raises ValueError or FetchError with the cause."
     if not stays_in_folder(name):
         raise ValueError("its name leaves the shard")
     path = store / hashlib.sha256(f"{name}\n{url}".encode()).hexdigest()
@@ -118,19 +118,18 @@ def fetch_picture(
         return path, examine(path.read_bytes(), limits), False
     if not url.startswith(("http://", "https://")):
         raise ValueError("its address is not of the web")
-    bring([url], path, session, patience=patience)
+    fetch_part([url], path, session, patience=patience)
+    part = sibling_path(path, ".part")
     try:
-        kind = examine(sibling_path(path, ".part").read_bytes(), limits)
-    except ValueError:
-        discard(sibling_path(path, ".part"))
-        raise
-    move_into_place(sibling_path(path, ".part"), path)
-    discard(sibling_path(path, ".part"))
-    return path, kind, True
+        kinds = examine(part.read_bytes(), limits)
+        move_into_place(part, path)
+    finally:
+        discard_part(part)
+    return path, kinds, True
 
 
 # %% ../../nbs/data/13_pictures.ipynb #cell-017
-def pack(
+def pack_pictures(
     pictures: Mapping[str, Path | None],  # name -> file; None: it is in the shard already
     shard: Path,
 ) -> None:
@@ -138,16 +137,15 @@ def pack(
     old = zipfile.ZipFile(shard) if None in pictures.values() else None
     with zipfile.ZipFile(sibling_path(shard, ".part"), "w", zipfile.ZIP_STORED) as z:
         for name in sorted(pictures):
-            info = zipfile.ZipInfo(name)
+            info, file = zipfile.ZipInfo(name), pictures[name]
             info.create_system = 3  # the same on every system
-            z.writestr(info, old.read(name) if pictures[name] is None else pictures[name].read_bytes())
+            z.writestr(info, file.read_bytes() if file else old.read(name))
     if old:
         old.close()
     move_into_place(sibling_path(shard, ".part"), shard)
 
 
-# %% ../../nbs/data/13_pictures.ipynb #cell-018
-def packed(shard: Path) -> set[str]:
+def packed_names(shard: Path) -> set[str]:
     "The names in a shard; none where it is damaged."
     try:
         with zipfile.ZipFile(shard) as z:
@@ -158,50 +156,49 @@ def packed(shard: Path) -> set[str]:
 
 # %% ../../nbs/data/13_pictures.ipynb #cell-020
 @dataclass
-class Harvest:
+class _Results:
     "What has come so far."
 
     files: dict[str, Path | None]  # name -> file; None: it is in the shard
     failures: dict[str, dict]  # name -> address and cause
     counts: Counter
 
-    def take(self, name: str, url: str, job) -> None:
+    def add(self, name: str, url: str, job: Future) -> None:
         "Note the end of one picture; raises what this machine is the cause of."
         try:
-            self.files[name], kind, new = job.result()
+            self.files[name], kinds, new = job.result()
         except (FetchError, ValueError) as e:
             cause = next(iter(e.causes.values())) if isinstance(e, FetchError) else str(e)
             self.failures[name] = {"url": url, "cause": cause}
             return
-        self.counts.update([*kind, "fetched" if new else "there"])
+        self.counts.update([*kinds, "fetched" if new else "there"])
 
 
-# %% ../../nbs/data/13_pictures.ipynb #cell-021
-def gather(urls: Mapping[str, str], store: Path, workers: int, limits: Limits, patience: Patience) -> Harvest:
+def _fetch_many(
+    urls: Mapping[str, str], store: Path, workers: int, limits: Limits, patience: Patience
+) -> _Results:
     "Fetch pictures, `workers` at a time."
-    harvest, session = Harvest({}, {}, Counter()), requests.Session()
+    results, session = _Results({}, {}, Counter()), requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(pool_maxsize=workers))
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(urls), unit=" pictures", desc="pictures", disable=None) as bar,
-    ):
+    bar = tqdm(total=len(urls), unit=" pictures", desc="pictures", disable=None)
+    with ThreadPoolExecutor(workers) as pool, bar:
         jobs = {
             pool.submit(fetch_picture, name, url, store, limits, patience, session): name
             for name, url in urls.items()
         }
         try:
             for job in as_completed(jobs):
-                harvest.take(jobs[job], urls[jobs[job]], job)
-                bar.set_postfix(failed=len(harvest.failures), refresh=False)
+                results.add(jobs[job], urls[jobs[job]], job)
+                bar.set_postfix(failed=len(results.failures), refresh=False)
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return harvest
+    return results
 
 
-# %% ../../nbs/data/13_pictures.ipynb #cell-022
+# %% ../../nbs/data/13_pictures.ipynb #cell-021
 def fetch_pictures(
     urls: Mapping[str, str],  # name in the shard -> address
     shard: Path,  # the zip; what fails goes to `<shard>.failures.json`
@@ -211,21 +208,21 @@ def fetch_pictures(
 ) -> dict[str, int]:
     "Bring pictures into one shard; returns counts: asked, there, fetched, failed, cmyk, animated."
     store = sibling_path(shard, ".parts")
-    patience = Patience(**{**vars(patience), "largest": limits.largest})
+    patience = replace(patience, largest=limits.largest)
     with advise_on_disk_errors(shard):
         store.mkdir(parents=True, exist_ok=True)
         with FileLock(sibling_path(shard, ".lock")):
-            kept = (old := packed(shard)) & set(urls)
-            harvest = gather(
-                {n: u for n, u in urls.items() if n not in kept}, store, workers, limits, patience
-            )
-            if harvest.files or kept != old or not shard.exists():
-                pack(harvest.files | dict.fromkeys(kept), shard)
-            write_json(sibling_path(shard, ".failures.json"), harvest.failures)
+            old = packed_names(shard)
+            kept = old & set(urls)
+            missing = {n: u for n, u in urls.items() if n not in kept}
+            results = _fetch_many(missing, store, workers, limits, patience)
+            if results.files or kept != old or not shard.exists():
+                pack_pictures(results.files | dict.fromkeys(kept), shard)
+            write_json(sibling_path(shard, ".failures.json"), results.failures)
             shutil.rmtree(store)
-    harvest.counts["there"] += len(kept)
+    results.counts["there"] += len(kept)
     return {
         "asked": len(urls),
-        **{n: harvest.counts[n] for n in ("there", "fetched", "cmyk", "animated")},
-        "failed": len(harvest.failures),
+        **{n: results.counts[n] for n in ("there", "fetched", "cmyk", "animated")},
+        "failed": len(results.failures),
     }

@@ -38,11 +38,11 @@ from torch import Tensor
 from ..baselines.registry import Trained
 from ..core.files import locate
 from ..core.params import digest, write_params
-from ..data.datasets import download
 from ..data.histories import Histories
 from ..data.prepare import prepare
 from ..data.schema import TYPES
 from ..data.sets import SetSpec
+from ..data.sources import download
 from ..data.splits import last_k, train_aggregate
 from ..encoders.catalogue import Catalogue, Data, load, load_test
 from ..encoders.modalities import TABLES

@@ -47,9 +47,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.device import hours, this_machine
 from ..core.memory import peak_memory_mb
 from ..core.params import merged_strictly, nested, read_yaml
-from ..data.datasets import download
 from ..data.prepare import prepare
 from ..data.sets import SetSpec
+from ..data.sources import download
 from ..encoders.catalogue import Data, load
 from ..model.events import Events, training_batches
 from ..model.hierarchy import EncoderConfig

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from ..data.datasets import download
 from ..data.prepare import prepare
 from ..data.sets import SetSpec
+from ..data.sources import download
 from ..encoders.catalogue import Data, load
 from .evaluate import evaluate
 from .stages import embed, finetune, pretrain
