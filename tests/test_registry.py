@@ -116,7 +116,7 @@ def test_a_trainer_gets_what_its_parameters_name(project, monkeypatch):
 def test_an_entry_knows_its_code(name):
     baseline = BASELINES[name]
     assert baseline.parts and not baseline.outside
-    assert len(code_key(*baseline.parts, stop=["data.datasets"])) == 16
+    assert len(code_key(*baseline.parts, stop=["data.sources"])) == 16
 
 
 def test_an_entry_knows_its_code_behind_a_partial():

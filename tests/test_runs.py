@@ -161,15 +161,15 @@ def test_vectors_matter_to_those_who_read_them(project, trained):
 
 def test_code_is_that_of_the_model():
     "Each model has its own code, and no baseline has the training of the paper's model."
-    code = {name: set(sources(b.parts, stop=["data.datasets"])) for name, b in BASELINES.items()}
+    code = {name: set(sources(b.parts, stop=["data.sources"])) for name, b in BASELINES.items()}
     names = [name for name in BASELINES if name not in ("sasrec_vectors", "sasrec_both")]
     assert len({variants._training_code(name) for name in names}) == len(names)
     assert "training.loop.fit" in code["sasrec"] and "training.loop.fit" not in code["markov"]
     assert not any(place.startswith("training.objective") for places in code.values() for place in places)
-    ours = set(sources(["pipeline.stages.pretrain", "pipeline.stages.finetune"], stop=["data.datasets"]))
+    ours = set(sources(["pipeline.stages.pretrain", "pipeline.stages.finetune"], stop=["data.sources"]))
     assert {"model.recommender.UniRec", "training.loop.fit", "model.qformer.QFormer"} <= ours
     assert not any(
-        place.startswith(("baselines.", "evaluation.significance", "data.datasets")) for place in ours
+        place.startswith(("baselines.", "evaluation.significance", "data.sources")) for place in ours
     )
 
 

@@ -29,13 +29,13 @@ from ..model.recommender import MODELS, UniRec
 from ..pipeline.stages import finetune, pretrain
 
 # %% ../../nbs/experiments/08_variants.ipynb #cell-006
-_ITEMS = ("pipeline.stages", "data.datasets", "encoders.store", "encoders.catalogue", "model.recommender")
+_ITEMS = ("pipeline.stages", "data.sources", "encoders.store", "encoders.catalogue", "model.recommender")
 
 
 def _training_code(model: str) -> str:
     "A hash of the code that trains a model."
     ours = ("pipeline.stages.pretrain", "pipeline.stages.finetune")
-    return code_key(*(ours if model in MODELS else BASELINES[model].parts), stop=["data.datasets"])
+    return code_key(*(ours if model in MODELS else BASELINES[model].parts), stop=["data.sources"])
 
 
 def _run_code(model: str, protocol: str, changes_items: bool) -> str:
