@@ -119,9 +119,9 @@ def _query_ranks(
 
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-013
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    "Write a table with six digits."
-    table.to_csv(path, index=False, float_format="%.6f")
+def _write_csv(table: pd.DataFrame, path: Path, columns: list[str] | None = None) -> None:
+    "Write a table with six digits; only these columns, where some are named."
+    table.to_csv(path, index=False, float_format="%.6f", columns=columns)
 
 
 def write_breakdowns(
@@ -138,7 +138,7 @@ def write_breakdowns(
     groups = target_groups(data.train, h, targets, data.catalogue)
     parts = [by_group(ranks, groups, draws=draws).assign(model=name) for name, ranks in full_ranks.items()]
     columns = ["model", "group", "label", "users", "share", "mrr", "low", "high"]
-    _write_csv(pd.concat(parts)[columns], results / "breakdowns.csv")
+    _write_csv(pd.concat(parts), results / "breakdowns.csv", columns)
 
     vectors, rows = item_vectors(data.catalogue), []
     for name, top in lists.items():
@@ -148,7 +148,7 @@ def write_breakdowns(
     _write_csv(table, results / "lists.csv")
 
     retrieval = pd.concat([modality_retrieval(net).assign(model=name) for name, net in nets.items()])
-    _write_csv(retrieval[["model", *retrieval.columns.drop("model")]], results / "retrieval.csv")
+    _write_csv(retrieval, results / "retrieval.csv", ["model", *retrieval.columns.drop("model")])
 
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-016

@@ -56,16 +56,15 @@ def describe_differences(
     if len(shared):
         row = shared.loc[shared["difference"].idxmax()]
         largest = f"largest difference {row.difference:.6f} ({row.model}, {row.protocol} {row.metric})"
-    bad = table[~table["fine"]]
+    bad = table.query("not fine").sort_values(by="difference", ascending=False)
     lines = [
         f"{name}: {len(shared)} values compared, {largest}, {len(table) - len(shared)} missing or new,"
         f" {len(bad)} not allowed"
     ]
-    for row in bad.sort_values("difference", ascending=False).head(worst).itertuples():
-        lines.append(
-            f"  {row.model} seed {row.seed} {row.protocol} {row.metric}: reference {row.reference:.6f},"
-            f" now {row.now:.6f}, allowed {row.allowed:g}"
-        )
+    for row in bad.head(worst).to_dict("records"):
+        key = "{model} seed {seed} {protocol} {metric}".format(**row)
+        values = "reference {reference:.6f}, now {now:.6f}, allowed {allowed:g}".format(**row)
+        lines.append(f"  {key}: {values}")
     return "\n".join(lines)
 
 
