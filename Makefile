@@ -1,9 +1,9 @@
-# make repro | verify | reference | test | export | book | run | benchmarks | lab | readme | clean-env | help
+# make repro | verify | reference | test | export | book | run | benchmarks | lab | readme | architecture | clean-env | help
 # Every job first sets up what it needs (see tools/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with the newest of Python 3.13, 3.12 and 3.11 that is found. PYTHON=/path/to/python names one.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env repro verify reference test export book run benchmarks lab readme clean-env
+.PHONY: help env repro verify reference test export book run benchmarks lab readme architecture clean-env
 
 PYTHON ?=
 export PYTHON
@@ -57,6 +57,9 @@ lab:  ## open JupyterLab on the index of the notebooks
 
 readme:  ## write README.md from nbs/index.ipynb
 	@$(SETUP); python tools/readme.py
+
+architecture:  ## draw the wings of the package and the imports between them: nbs/images/architecture.svg
+	@$(SETUP); python tools/architecture.py
 
 clean-env:  ## remove .venv (data, models and results stay)
 	rm -rf .venv unirec_companion.egg-info
