@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from unirec.data.schema import Schema
-from unirec.encoders.store import texts_of
+from unirec.encoders.store import text_tensors
 from unirec.encoders.towers import ImageEncoder, TextEncoder
 
 TEXTS = [
@@ -171,7 +171,9 @@ def test_an_instruction_stands_before_the_text(qwen):
 def test_reviews_have_the_query_instruction(qwen):
     plain = TextEncoder(str(qwen))
     schema = Schema.from_params({"title": {"type": "text"}})
-    found = texts_of(schema, [TEXTS[0], None], {"text": plain, "review": plain.with_instruction("Query: ")})
+    found = text_tensors(
+        schema, [TEXTS[0], None], {"text": plain, "review": plain.with_instruction("Query: ")}
+    )
     assert np.abs(found["reviews"].numpy() - plain([f"Query: {TEXTS[0]}"])).max() < 1e-6
     assert np.abs(found["names"].numpy() - plain(["title", "item id"])).max() < 1e-6
 

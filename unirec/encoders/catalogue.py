@@ -65,7 +65,7 @@ class Catalogue:
 
 # %% ../../nbs/encoders/09_catalogue.ipynb #cell-007
 def load_catalogue(folder: Path, items: pd.DataFrame, schema: Schema) -> tuple[Catalogue, np.ndarray]:
-    "The catalogue and each event's review row; raises ValueError when the store belongs to another items table."
+    "The catalogue and each event's review row; raises ValueError where the store is another items table's."
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest["items_sha256"] != table_hash(items) or manifest["attributes"][:-1] != schema.names:
         raise ValueError(
@@ -73,11 +73,12 @@ def load_catalogue(folder: Path, items: pd.DataFrame, schema: Schema) -> tuple[C
         )
     check_together(folder)
     t = load_file(folder / "vectors.safetensors")
-    # a modality registered since then has no rows
-    tables = {
-        n: (t[f"table.{n}"] - t[f"mean.{n}"]) / t[f"std.{n}"] if f"table.{n}" in t else torch.zeros(0, 1)
-        for n in TABLES
-    }
+    tables = {}
+    for name in TABLES:
+        if f"table.{name}" in t:
+            tables[name] = (t[f"table.{name}"] - t[f"mean.{name}"]) / t[f"std.{name}"]
+        else:
+            tables[name] = torch.zeros(0, 1)  # a modality that was registered after the store was made
     n, id_attr = len(items), len(schema)
     first_id = sum(len(v) for v in tables.values())
 
@@ -109,7 +110,7 @@ def load_catalogue(folder: Path, items: pd.DataFrame, schema: Schema) -> tuple[C
     )
 
 
-# %% ../../nbs/encoders/09_catalogue.ipynb #cell-009
+# %% ../../nbs/encoders/09_catalogue.ipynb #cell-011
 def toy_catalogue(
     n: int = 6,  # items
     seed: int = 0,
@@ -145,7 +146,7 @@ def toy_catalogue(
     )
 
 
-# %% ../../nbs/encoders/09_catalogue.ipynb #cell-011
+# %% ../../nbs/encoders/09_catalogue.ipynb #cell-014
 def item_vectors(c: Catalogue) -> np.ndarray:  # (N, sum of widths) float32
     "Mean of each item's standardised value vectors per encoder, side by side at equal weight."
     out, start = [], 0
@@ -159,7 +160,7 @@ def item_vectors(c: Catalogue) -> np.ndarray:  # (N, sum of widths) float32
     return torch.cat(out, 1).cpu().numpy()
 
 
-# %% ../../nbs/encoders/09_catalogue.ipynb #cell-013
+# %% ../../nbs/encoders/09_catalogue.ipynb #cell-017
 @dataclass
 class Data:
     "What training may see of a data set."
@@ -176,7 +177,7 @@ class Data:
         return self.valid.items
 
 
-# %% ../../nbs/encoders/09_catalogue.ipynb #cell-014
+# %% ../../nbs/encoders/09_catalogue.ipynb #cell-018
 def one_each(part: pd.DataFrame, path: Path) -> None:
     "Raise ValueError where a user has several events: the stages train and evaluate on one event a user."
     if not part.user.is_unique:
@@ -186,24 +187,34 @@ def one_each(part: pd.DataFrame, path: Path) -> None:
         )
 
 
-# %% ../../nbs/encoders/09_catalogue.ipynb #cell-016
-def load(prepared: Path, store: Path, spec: SetSpec) -> Data:
-    "Items, vectors, train and valid."
+# %% ../../nbs/encoders/09_catalogue.ipynb #cell-020
+def load(
+    prepared: Path,  # folder of the prepare stage
+    store: Path,  # folder of `build_store`
+    spec: SetSpec,
+) -> Data:
+    "Items, vectors, train and valid; raises ValueError where a user has several valid events."
     items = pd.read_parquet(prepared / "items.parquet")
     catalogue, rows = load_catalogue(store, items, spec.schema)
     train, valid = (pd.read_parquet(prepared / f"{p}.parquet") for p in ("train", "valid"))
     one_each(valid, prepared / "valid.parquet")
-    n = int(valid.user.max()) + 1
-    histories = [
-        Histories.from_frame(f, n, len(items), r)
-        for f, r in ((train, rows[: len(train)]), (valid, rows[len(train) :]))
-    ]
-    return Data(spec, items, catalogue, *histories)
+    n_users = int(valid.user.max()) + 1
+    return Data(
+        spec,
+        items,
+        catalogue,
+        Histories.from_frame(train, n_users, len(items), rows[: len(train)]),
+        Histories.from_frame(valid, n_users, len(items), rows[len(train) :]),
+    )
 
 
-# %% ../../nbs/encoders/09_catalogue.ipynb #cell-017
-def load_test(prepared: Path, data: Data) -> tuple[Histories, np.ndarray, np.ndarray, list[str]]:
-    "For the evaluation only: history at test time (train + valid), (U,) targets, (U, 100) candidates, user ids."
+# %% ../../nbs/encoders/09_catalogue.ipynb #cell-021
+def load_test(
+    prepared: Path,  # folder of the prepare stage
+    data: Data,
+) -> tuple[Histories, np.ndarray, np.ndarray, list[str]]:
+    """For the evaluation only: the histories at test time (train + valid), targets (U,), candidates (U, 100),
+    user ids."""
     test = pd.read_parquet(prepared / "test.parquet")
     one_each(test, prepared / "test.parquet")
     users = pd.read_parquet(prepared / "users.parquet").user_id.tolist()

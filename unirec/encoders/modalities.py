@@ -103,7 +103,8 @@ def encoders_of(
     schema: Schema,
     encode: Mapping,  # params.yaml's `encode`
 ) -> dict[str, Callable]:  # table -> encoder
-    "The encoders that a schema needs. Text is always one: names and types are texts. `review` is there where users' texts have an instruction of their own."
+    """The encoders that a schema needs. Text is always one: names and types are texts.
+    `review` is another where users' texts have an instruction of their own."""
     text = text_encoder(encode)
     found = {"text": text} | (
         {"review": text.with_instruction(encode["query_instruction"])}

@@ -47,7 +47,7 @@ def tagged(
 
 # %% ../../nbs/encoders/04_openclip.ipynb #cell-009
 class OpenClipImage:
-    "The visual tower of any open_clip model: file contents in, one vector of length 1 each out. It is loaded when the first picture comes."
+    "The visual tower of any open_clip model: file contents in, one vector of length 1 each out; loaded late."
 
     chunk = 1024  # pictures a call, where a cache asks
 

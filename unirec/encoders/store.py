@@ -7,17 +7,18 @@ __all__ = [
     "slots",
     "Scale",
     "distinct",
-    "ask",
+    "encode_values",
     "encode_slots",
     "texts",
     "contents",
     "standardised",
     "table_hash",
-    "grid",
+    "slot_tensors",
     "build_store",
-    "look_at_files",
-    "spread",
-    "texts_of",
+    "number_scales",
+    "check_files",
+    "table_statistics",
+    "text_tensors",
     "write_store",
 ]
 
@@ -37,10 +38,10 @@ from torch import Tensor
 from ..data.schema import TYPES, Attribute, Schema
 from .cache import Cached, hashes
 from .modalities import ENCODER_OF, MODALITIES, TABLES
+from .numbers import fourier
 
 # picture_bytes: for the pages that show pictures
 from .pictures import Contents, Files, readable, write_together
-from .towers import fourier
 
 
 # %% ../../nbs/encoders/08_store.ipynb #cell-006
@@ -116,7 +117,7 @@ def distinct(
 
 
 # %% ../../nbs/encoders/08_store.ipynb #cell-014
-def ask(encoder: Callable, values: Sequence, names: np.ndarray | None = None) -> np.ndarray:
+def encode_values(encoder: Callable, values: Sequence, names: np.ndarray | None = None) -> np.ndarray:
     "Vectors of values; an encoder without a cache is given them as a list."
     if isinstance(encoder, Cached):
         return encoder(values, names)
@@ -148,7 +149,9 @@ def encode_slots(
                 else texts(table.value[where])
             )
             vectors = (
-                ask(encoders[name], values, names[name]) if len(values) else np.zeros((0, 1), np.float32)
+                encode_values(encoders[name], values, names[name])
+                if len(values)
+                else np.zeros((0, 1), np.float32)
             )
         tables[name], rows[where] = vectors, index + offset
         offset += len(vectors)
@@ -180,7 +183,7 @@ def standardised(
     part: pd.DataFrame,  # slots of numbers
     scales: dict[int, Scale],  # per attribute
 ) -> np.ndarray:  # (n,) float64
-    "Each number on its own attribute's scale; raises ValueError that names the item and the attribute where that is not possible."
+    "Each number on its own attribute's scale; raises ValueError that names the item and the attribute."
     z, values, attrs = np.empty(len(part)), part.value.to_numpy(float), part.attr.to_numpy()
     for a in np.unique(attrs):
         z[attrs == a] = scales[int(a)](values[attrs == a])
@@ -196,7 +199,7 @@ def standardised(
 def table_hash(
     items: pd.DataFrame,  # the items table
 ) -> str:
-    "sha256 of a table's contents and order, as one JSON list of rows; taken in pieces, because a large table's text would not fit."
+    "sha256 of a table's contents and order, as one JSON list of rows, taken in pieces."
     digest = hashlib.sha256(b"[")
     for start in range(0, len(items), 20_000):
         text = items.iloc[start : start + 20_000].to_json(orient="values", double_precision=15)
@@ -206,7 +209,7 @@ def table_hash(
 
 
 # %% ../../nbs/encoders/08_store.ipynb #cell-023
-def grid(
+def slot_tensors(
     table: pd.DataFrame,  # from `slots`
     rows: np.ndarray,  # (S,) row of each slot's value
     n_items: int,
@@ -230,35 +233,34 @@ def grid(
 
 # %% ../../nbs/encoders/08_store.ipynb #cell-024
 def build_store(
-    items: pd.DataFrame,
+    items: pd.DataFrame,  # the canonical items table, one row an item
     in_train: np.ndarray,  # (N,) does the item have a train event?
     schema: Schema,
     reviews: list[str | None],  # the review of every train and valid event
-    encoders: dict[str, Callable],
+    encoders: dict[str, Callable],  # of `encoders_of`
     folder: Path | None,  # raw folder, where files are
-    out: Path,
+    out: Path,  # where the store is written
     # folder of this data set's vectors, kept between runs; None: all is encoded
     cache: Path | None = None,
     # accelerate's PartialState where several processes do this together; the first one writes
     group=None,
-) -> dict:
-    "Encode a catalogue and write `vectors.safetensors`, `hashes.safetensors`, `manifest.json` and `checksums.json`; returns the manifest."
-    encoders = {n: Cached(e, cache, group) if cache and hasattr(e, "key") else e for n, e in encoders.items()}
-    table, files = slots(items, schema), Files(folder) if folder else None
-    good, bad = look_at_files(table, files, encoders)
+) -> dict:  # the manifest
+    """Encode a catalogue and write `vectors.safetensors`, `hashes.safetensors`, `manifest.json` and
+    `checksums.json`."""
+    if cache:
+        encoders = {n: Cached(e, cache, group) if hasattr(e, "key") else e for n, e in encoders.items()}
+    files = Files(folder) if folder else None
+    table = slots(items, schema)
+    good, bad = check_files(table, files, encoders)
     for name, paths in good.items():
         table = table[(table.encoder != name) | table.value.isin(paths)]
     table = table.reset_index(drop=True)
-    scales = {
-        i: Scale.of(items[a.name].to_numpy(float)[in_train], a)
-        for i, a in enumerate(schema)
-        if a.type == "number"
-    }
+    scales = number_scales(items, in_train, schema)
     tables, names, rows = encode_slots(table, scales, encoders, files, good)
     tensors = {
-        **grid(table, rows, len(items)),
-        **spread(tables, rows, table, in_train),
-        **texts_of(schema, reviews, encoders),
+        **slot_tensors(table, rows, len(items)),
+        **table_statistics(tables, rows, table, in_train),
+        **text_tensors(schema, reviews, encoders),
         "in_train": torch.as_tensor(in_train),
     }
     manifest = {
@@ -279,11 +281,21 @@ def build_store(
     return json.loads((out / "manifest.json").read_text())
 
 
+def number_scales(items: pd.DataFrame, in_train: np.ndarray, schema: Schema) -> dict[int, Scale]:
+    "The scale of each number attribute, by its index."
+    return {
+        i: Scale.of(items[a.name].to_numpy(float)[in_train], a)
+        for i, a in enumerate(schema)
+        if a.type == "number"
+    }
+
+
 # %% ../../nbs/encoders/08_store.ipynb #cell-025
-def look_at_files(
+def check_files(
     table: pd.DataFrame, files: Files | None, encoders: dict[str, Callable]
 ) -> tuple[dict[str, dict[str, bytes]], dict[str, dict[str, str]]]:
-    "Per table whose values are files: path -> content hash, and path -> cause where a file cannot be used. What the cache has is not decoded again."
+    """Per table whose values are files: path -> content hash, and path -> cause where a file cannot be used.
+    What the cache has is not decoded again."""
     good, bad = {}, {}
     for name in TABLES:
         if not MODALITIES[name].files:
@@ -298,7 +310,7 @@ def look_at_files(
 
 
 # %% ../../nbs/encoders/08_store.ipynb #cell-026
-def spread(
+def table_statistics(
     tables: dict[str, np.ndarray], rows: np.ndarray, table: pd.DataFrame, in_train: np.ndarray
 ) -> dict[str, Tensor]:
     "The tables, and per table the mean and spread over the values of train items."
@@ -315,7 +327,9 @@ def spread(
 
 
 # %% ../../nbs/encoders/08_store.ipynb #cell-027
-def texts_of(schema: Schema, reviews: list[str | None], encoders: dict[str, Callable]) -> dict[str, Tensor]:
+def text_tensors(
+    schema: Schema, reviews: list[str | None], encoders: dict[str, Callable]
+) -> dict[str, Tensor]:
     "Vectors of reviews, names and types, and the row of each event's review (-1: none)."
     texts, review_rows = distinct([r for r in reviews if r])
     event_rows = np.full(len(reviews), -1, np.int64)
@@ -326,13 +340,13 @@ def texts_of(schema: Schema, reviews: list[str | None], encoders: dict[str, Call
         "types": [TYPES[a.type] for a in schema] + [TYPES["id"]],
     }
 
-    # where a model has another instruction for what users say
-    def who(n):
-        return encoders.get("review", encoders["text"]) if n == "reviews" else encoders["text"]
-
-    return {"review_rows": torch.as_tensor(event_rows)} | {
-        n: torch.as_tensor(ask(who(n), values)) for n, values in of.items()
-    }
+    tensors = {"review_rows": torch.as_tensor(event_rows)}
+    for name, values in of.items():
+        encoder = encoders["text"]
+        if name == "reviews":  # a model may have another instruction for what users say
+            encoder = encoders.get("review", encoder)
+        tensors[name] = torch.as_tensor(encode_values(encoder, values))
+    return tensors
 
 
 # %% ../../nbs/encoders/08_store.ipynb #cell-028
@@ -357,7 +371,8 @@ def write_store(out: Path, tensors: dict[str, Tensor], names: dict[str, np.ndarr
 def _stat(
     used: np.ndarray, vectors: np.ndarray, of: Callable
 ) -> Tensor:  # rows of train items' values; all vectors
-    "Mean or spread of a table over the values of train items; a dimension that does not vary gets spread 1. In blocks of columns: a large table is not copied."
+    """Mean or spread of a table over the values of train items; a dimension that does not vary gets spread 1.
+    In blocks of columns: a large table is not copied."""
     if not len(used):
         return torch.zeros(vectors.shape[1]) if of is np.mean else torch.ones(vectors.shape[1])
     value = np.concatenate(

@@ -48,7 +48,7 @@ WANTED = ("*.json", "*.txt", "*.model", "*.safetensors")  # of a hub's repositor
 
 # %% ../../nbs/encoders/01_weights.ipynb #cell-007
 def fetch(uri: str) -> Weights:
-    "The weights that a URI names; raises FileNotFoundError that says what to do, ValueError for a hub's name without an owner."
+    "The weights of a URI; raises FileNotFoundError with advice, ValueError for a hub name without owner."
     kind, _, rest = uri.partition(":")
     if kind != "hub":
         return Weights(uri, locate(uri), None)

@@ -159,7 +159,7 @@ class ItemEncoder(nn.Module):
 
     @torch.no_grad()
     def update_centre(self, c: Catalogue) -> None:
-        "Take the exact mean and variance of the catalogue, as evaluation encodes it, in place of the running ones."
+        "Take the exact mean and variance of the catalogue, as evaluation encodes it, not the running ones."
         training = self.training
         x = self.eval().uncentred(self(c))
         mean, variance = self.centre.running_mean, self.centre.running_var

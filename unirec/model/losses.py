@@ -71,7 +71,7 @@ def sample_catalogue(
     negatives: int,  # uniform draws beside the targets
     generator: torch.Generator | None = None,  # on any device
 ) -> tuple[Tensor, Tensor, Tensor]:  # items (C,), row of each target (M,), log_q (C,)
-    "The targets of a batch and uniform negatives, without repeats, with the log of the chance that each is in the list."
+    "Targets of a batch and uniform negatives, no repeats, with the log of each one's chance to be listed."
     own, row = targets.unique(return_inverse=True)
     drawn = torch.randint(
         n_items,

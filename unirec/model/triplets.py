@@ -125,12 +125,17 @@ class Join(nn.Module):
             return values[index] + self.out(
                 F.scaled_dot_product_attention(self.q(values)[index][..., None, :], key, value)[..., 0, :]
             )
-        return values[index] + sum(parts)[attr] if parts else values[index]
+        if not parts:
+            return values[index]
+        attribute = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return values[index] + attribute[attr]
 
 
 # %% ../../nbs/model/01_triplets.ipynb #cell-025
 class TripletEncoder(nn.Module):
     "Triplets of items: h = LayerNorm(name + type + value), or another of FORMS."
+
+    type_of: Tensor  # (attributes,) long, which type each attribute is of
 
     def __init__(self, catalogue: Catalogue, config: TripletConfig):
         super().__init__()
