@@ -10,17 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unirec.data.first_rows import columns, read_records
 from unirec.data.jsonl import field_at
-from unirec.data.propose import (
-    LIMITS,
-    as_yaml,
-    columns,
-    guess,
-    guess_number,
-    propose,
-    propose_file,
-    read_records,
-)
+from unirec.data.propose import LIMITS, as_yaml, guess, guess_number, propose, propose_file
 from unirec.data.readers import READERS
 from unirec.data.schema import Attribute, Schema, read_schema
 from unirec.data.sets import SetSpec
@@ -300,7 +292,7 @@ def test_what_only_the_future_knows_is_left_out(name):
 
 @given(values=st.lists(st.floats(0, 1e6), min_size=20, max_size=40))
 def test_a_logarithm_is_only_proposed_where_it_can_be_taken(values):
-    made = guess_number("weight", values)
+    made = guess_number(Column("weight", values))
     assert made is None or made.spec is None or made.spec.get("scale") != "log" or min(values) >= 0
-    negative = guess_number("weight", [-1.5, *values])
+    negative = guess_number(Column("weight", [-1.5, *values]))
     assert negative.spec is None or "scale" not in negative.spec
