@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unirec.data.first_rows import columns, read_records
 from unirec.data.jsonl import field_at
-from unirec.data.propose import LIMITS, as_yaml, guess, guess_number, propose, propose_file
+from unirec.data.propose import LIMITS, Column, as_yaml, guess, guess_number, propose, propose_file
 from unirec.data.readers import READERS
 from unirec.data.schema import Attribute, Schema, read_schema
 from unirec.data.sets import SetSpec

@@ -12,21 +12,15 @@ __all__ = [
     "BRANDS",
     "FUNCTIONS",
     "STYLES",
-    "RESTS_ON",
     "SampleConfig",
     "small_config",
     "null_world",
     "Category",
     "streams",
+    "random_integers",
+    "clipped_normal",
     "catalogue",
     "people",
-    "State",
-    "need",
-    "components",
-    "World",
-    "simulate",
-    "reciprocal_ranks",
-    "oracle",
 ]
 
 # %% ../../nbs/data/04_marketplace.ipynb #cell-002
@@ -176,11 +170,13 @@ def streams(
     return [np.random.Generator(np.random.PCG64(children[order.index(name)])) for name in names]
 
 
-def _pick(rng, n, size):
-    return np.floor(rng.random(size) * n).astype(np.int64)  # integers 0..n-1
+def random_integers(rng, n, size):
+    "Uniform integers 0, ..., n - 1."
+    return np.floor(rng.random(size) * n).astype(np.int64)
 
 
-def _normal(rng, size):
+def clipped_normal(rng, size):
+    "Standard normal numbers within -2 and 2, in four decimals."
     return np.round(np.clip(rng.standard_normal(size), -2, 2), 4)
 
 
@@ -192,26 +188,28 @@ def catalogue(
 ):  # one row an item: latent factors as codes and numbers, `hide_*` = the attribute is not told
     "Draw the latent factors of all items."
     rng, n = streams(config, "items")[0], config.n_items
-    brand_level, brand_quality = np.round(rng.random(len(BRANDS)), 4), _normal(rng, len(BRANDS))
+    brand_level, brand_quality = np.round(rng.random(len(BRANDS)), 4), clipped_normal(rng, len(BRANDS))
     items = pd.DataFrame(
         {
             "parent_asin": [f"SYN{i:07d}" for i in range(n)],
             "category": rng.permutation(np.arange(n) % len(CATEGORIES)),
             "style": rng.permutation(np.arange(n) % len(STYLES)),
-            "function": _pick(rng, len(FUNCTIONS), n),
-            "color": _pick(rng, len(COLORS), n),
-            "size": _pick(rng, len(SIZES), n),
-            "material": _pick(rng, 3, n),
-            "brand": _pick(rng, len(BRANDS), n),
+            "function": random_integers(rng, len(FUNCTIONS), n),
+            "color": random_integers(rng, len(COLORS), n),
+            "size": random_integers(rng, len(SIZES), n),
+            "material": random_integers(rng, 3, n),
+            "brand": random_integers(rng, len(BRANDS), n),
         }
     )
-    items["second"] = (items.function + 1 + _pick(rng, len(FUNCTIONS) - 1, n)) % len(FUNCTIONS)
+    items["second"] = (items.function + 1 + random_integers(rng, len(FUNCTIONS) - 1, n)) % len(FUNCTIONS)
     luxury = np.array([c.luxury for c in CATEGORIES.values()])[items.category]
     level = np.clip(0.65 * rng.random(n) + 0.35 * brand_level[items.brand] + luxury, 0, 1)
     items["level"] = np.round(level, 4)  # 0 cheapest .. 1 dearest
     items["price"] = np.round(2 * 30**level, 2)
-    items["quality"] = np.round(np.clip(0.8 * _normal(rng, n) + 0.6 * brand_quality[items.brand], -2, 2), 4)
-    items["popularity"] = _normal(rng, n)
+    items["quality"] = np.round(
+        np.clip(0.8 * clipped_normal(rng, n) + 0.6 * brand_quality[items.brand], -2, 2), 4
+    )
+    items["popularity"] = clipped_normal(rng, n)
     n_cold = int(round(config.cold_share * n))
     items["cold"] = np.isin(np.arange(n), rng.permutation(n)[:n_cold])
     items["release"] = np.where(items.cold, round(0.88 * config.days), 0)  # day
@@ -260,7 +258,9 @@ def people(
     span = config.max_events - config.min_events + 1
     late = min(8, config.max_events) - config.min_events  # most have 8 events or more
     tastes["n_events"] = config.min_events + np.where(
-        rng.random(n) < 0.12, _pick(rng, max(late, 1), n), late + _pick(rng, span - late, n)
+        rng.random(n) < 0.12,
+        random_integers(rng, max(late, 1), n),
+        late + random_integers(rng, span - late, n),
     )
     gaps = np.where(
         np.arange(config.max_events - 2) >= config.max_events - tastes["n_events"][:, None],
@@ -274,210 +274,3 @@ def people(
     last = np.stack([0.885 + 0.05 * rng.random(n), 0.945 + 0.055 * rng.random(n)], axis=1)
     tastes["days"] = np.round(np.concatenate([np.clip(share, 0, None), last], axis=1) * config.days, 4)
     return tastes
-
-
-# %% ../../nbs/data/04_marketplace.ipynb #cell-026
-class State:
-    "What has happened to every user so far."
-
-    def __init__(self, n_users: int, n_items: int):
-        # of the last purchase, -1: none yet
-        self.category, self.color = np.full(n_users, -1), np.full(n_users, -1)
-        self.bought = np.full((n_users, len(CATEGORIES)), np.nan)  # day of the last purchase in each category
-        self.owned, self.liked = np.zeros((n_users, n_items), bool), np.zeros((n_users, n_items), bool)
-        self.loyalty = np.zeros((n_users, len(BRANDS)))  # -1.5 .. 1.5
-
-    def buy(
-        self, u: np.ndarray, chosen: np.ndarray, rating: np.ndarray, day: np.ndarray, items: pd.DataFrame
-    ):
-        "Users `u` bought `chosen` items on `day` and gave `rating`."
-        category, brand = items.category.to_numpy()[chosen], items.brand.to_numpy()[chosen]
-        self.category[u], self.color[u], self.bought[u, category] = (
-            category,
-            items.color.to_numpy()[chosen],
-            day,
-        )
-        self.owned[u, chosen], self.liked[u, chosen] = True, rating >= 4
-        self.loyalty[u, brand] = np.clip(self.loyalty[u, brand] + (rating - 3) / 2, -1.5, 1.5)
-
-
-def _suits():
-    "Which styles suit which functions: one fashion for the whole world, +1 or -1. (styles, functions)"
-    s, f = np.arange(len(STYLES))[:, None], np.arange(len(FUNCTIONS))
-    return np.where((s * 3 + f * 5 + s * f) % 7 < 3, 1.0, -1.0)
-
-
-def _follows():
-    "How much each category calls for each other one; the last row is for no purchase yet. (categories + 1, categories)"
-    follows = np.zeros((len(CATEGORIES) + 1, len(CATEGORIES)))
-    for row, category in enumerate(CATEGORIES.values()):
-        follows[row, [list(CATEGORIES).index(n) for n in category.following]] = 1.0, 0.6
-    return follows
-
-
-# %% ../../nbs/data/04_marketplace.ipynb #cell-029
-def need(
-    phase: np.ndarray,  # days since the last purchase in the category / its period; NaN: never bought
-) -> np.ndarray:  # -1 .. 1
-    "How much a category is needed, from the time since it was bought last."
-    return np.where(
-        np.isnan(phase), 0.35, np.interp(np.nan_to_num(phase), [0, 0.4, 1, 1.6, 2.5], [-1, -1, 1, 1, 0.2])
-    )
-
-
-# %% ../../nbs/data/04_marketplace.ipynb #cell-032
-def components(
-    config: SampleConfig,  # the strengths
-    items: pd.DataFrame,  # the catalogue, I items
-    tastes: dict,  # the people, U users
-    state: State,  # what they have bought so far
-    day: np.ndarray,  # (U,) the day of the coming purchase
-) -> dict:  # factor -> (U, I) its part of the utility, strength included
-    "The utility of every item for every user on a day, split into its factors."
-    c = config
-    category, style, function, color = (
-        items[k].to_numpy() for k in ("category", "style", "function", "color")
-    )
-    moved = c.drift * np.clip(day / c.days, 0, 1)[:, None]
-    suits = _suits()[style, function]
-    tolerance, luxury = (
-        np.array([getattr(v, k) for v in CATEGORIES.values()])[category] for k in ("tolerance", "luxury")
-    )
-    # this user, this category
-    spends = 0.1 + 0.8 * tastes["budget"][:, None] + (tastes["splurge"][:, None] - 0.5) * luxury
-    supplies, period = (
-        np.isin(category, [list(CATEGORIES).index(n) for n in SUPPLIES]),
-        np.array([v.period for v in CATEGORIES.values()]),
-    )
-    due = need((day[:, None] - state.bought) / period)
-    again = np.where(supplies, np.where(state.liked & (due[:, category] > 0), 0.4, -1.0), -2.5) * state.owned
-    return dict(
-        style=c.style * tastes["style"][:, style],
-        function=c.function
-        * (tastes["function"][:, function] + 0.4 * tastes["function"][:, items.second.to_numpy()]),
-        interaction=c.interaction * min(c.style, c.function) * tastes["taste"][:, None] * suits,
-        price=-c.price * np.minimum(((items.level.to_numpy() - spends) / tolerance) ** 2, 4),
-        quality=c.quality * tastes["quality"][:, None] * items.quality.to_numpy(),
-        popularity=c.popularity * tastes["popularity"][:, None] * items.popularity.to_numpy(),
-        brand=c.brand * tastes["brand"][:, None] * state.loyalty[:, items.brand.to_numpy()],
-        complement=c.complement
-        * _follows()[state.category][:, category]
-        * np.where(color == state.color[:, None], 1.0, 0.6),
-        recurrence=c.recurrence * (tastes["needs"] * due + np.minimum(due, 0) * 0.5)[:, category]
-        + c.recurrence * again,
-        drift=c.style * moved * (tastes["later_style"] - tastes["style"])[:, style],
-    )
-
-
-# %% ../../nbs/data/04_marketplace.ipynb #cell-035
-@dataclass
-class World:
-    "What happened, and why."
-
-    config: SampleConfig
-    items: pd.DataFrame  # latent factors of the items
-    tastes: dict  # latent factors of the users
-    # user, step, item, day, rating, reason (largest factor), previous (item bought before, -1 none)
-    events: pd.DataFrame
-    final: dict  # factor -> (U, I) part of the utility at the test event
-    clockless: np.ndarray  # (U, I) utility at the test event for who does not know its day
-    seen: np.ndarray  # (U, I) bool, bought before the test event
-
-
-def _reason(parts, u, chosen, rating, noise):
-    "The factor a review names: the largest gain over the user's average, or the largest loss in a bad review; -1: none."
-    gains = np.stack([parts[f][u, chosen] - parts[f][u].mean(1) for f in FACTORS], axis=1)  # (users, factors)
-    gains = np.round(gains + np.where(gains != 0, 0.5 * noise, 0), 6)
-    best = np.where(rating >= 3, gains.argmax(1), gains.argmin(1))
-    return np.where(np.abs(gains[np.arange(len(u)), best]) > 0.3, best, -1)
-
-
-# %% ../../nbs/data/04_marketplace.ipynb #cell-036
-def simulate(config: SampleConfig) -> World:
-    "Let everybody buy until the end."
-    items, tastes, (rng,) = catalogue(config), people(config), streams(config, "choices")
-    state, rows, (U, I, K) = (
-        State(config.n_users, config.n_items),
-        [],
-        (config.n_users, config.n_items, config.max_events),
-    )
-    quality, previous = items.quality.to_numpy(), np.full(U, -1)
-    for step in range(K):
-        day = tastes["days"][:, step]
-        parts = components(config, items, tastes, state, day)
-        utility = np.round(sum(parts[f] for f in FACTORS), 6)
-        if step == K - 1:
-            guess = 2 * tastes["days"][:, step - 1] - tastes["days"][:, step - 2]
-            clockless, seen = (
-                sum(components(config, items, tastes, state, guess).values()),
-                state.owned.copy(),
-            )
-        gumbel, noise, mood = (
-            -np.log(-np.log(rng.random((U, I)))),
-            rng.random((U, len(FACTORS))),
-            _normal(rng, U),
-        )
-        on_sale = items.release.to_numpy() <= day[:, None]
-        chosen = np.where(on_sale, np.round(utility + gumbel, 6), -np.inf).argmax(1)
-        u = np.flatnonzero(step >= K - tastes["n_events"])
-        fit = np.round(np.clip((utility - utility.mean(1, keepdims=True))[np.arange(U), chosen], -4, 10), 4)
-        rating = np.clip(np.floor(3.3 + 0.75 * quality[chosen] + 0.10 * fit + 0.6 * mood + 0.5), 1, 5).astype(
-            int
-        )
-        reason = _reason(parts, u, chosen[u], rating[u], noise[u])
-        rows.append(
-            pd.DataFrame(
-                dict(
-                    user=u,
-                    step=step,
-                    item=chosen[u],
-                    day=day[u],
-                    rating=rating[u],
-                    reason=reason,
-                    previous=previous[u],
-                )
-            )
-        )
-        state.buy(u, chosen[u], rating[u], day[u], items)
-        previous[u] = chosen[u]
-    return World(config, items, tastes, pd.concat(rows, ignore_index=True), parts, clockless, seen)
-
-
-# %% ../../nbs/data/04_marketplace.ipynb #cell-040
-def reciprocal_ranks(
-    scores: np.ndarray,  # (U, I)
-    targets: np.ndarray,  # (U,) item rows
-    seen: np.ndarray,  # (U, I) bool, masked unless it is the target
-) -> np.ndarray:  # (U,)
-    "Expected reciprocal rank of each user's target, ties broken at random."
-    rows = np.arange(len(targets))
-    others, score = ~seen, np.take_along_axis(scores, targets[:, None], 1)
-    others[rows, targets] = False
-    higher, level = ((scores > score) & others).sum(1), ((scores == score) & others).sum(1)
-    harmonic = np.concatenate([[0], np.cumsum(1 / np.arange(1, scores.shape[1] + 1))])
-    return (harmonic[higher + level + 1] - harmonic[higher]) / (level + 1)
-
-
-# who does not know the first, does not know the others
-RESTS_ON = {"style": ("style", "interaction", "drift"), "function": ("function", "interaction")}
-
-
-def oracle(world: World) -> dict:
-    "Per-user expected reciprocal ranks at the test event of those who know everything, all but one thing, or nothing: name -> (U,)."
-    last = world.events[world.events.step == world.config.max_events - 1].sort_values("user")
-
-    def rank(scores):
-        return reciprocal_ranks(np.round(scores, 6), last.item.to_numpy(), world.seen)
-
-    full, train = (
-        sum(world.final[f] for f in FACTORS),
-        world.events[world.events.step < world.config.max_events - 2],
-    )
-    popularity = np.bincount(train.item, minlength=len(world.items)).astype(float)
-    return dict(
-        oracle=rank(full),
-        clockless=rank(world.clockless),
-        popularity=rank(np.broadcast_to(popularity, full.shape)),
-        random=rank(np.zeros(full.shape)),
-        **{f"without {f}": rank(full - sum(world.final[g] for g in RESTS_ON.get(f, (f,)))) for f in FACTORS},
-    )
