@@ -68,7 +68,10 @@ class Histories:
         return Histories(self.offsets + other.offsets, **both, n_items=self.n_items)
 
     def first(self, length: int) -> "Histories":  # at most so many events of each user
-        "The oldest events of every user: train.append(valid).append(tests.first(2)) is the history before the third held-out event."
+        """The oldest events of every user.
+
+        Train.append(valid).append(tests.first(2)) is the history before the third held-out event.
+        """
         kept = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], self.lengths) < length
         parts = {f: getattr(self, f)[kept] for f in ("items", "times", "ratings", "reviews")}
         return Histories(

@@ -281,7 +281,10 @@ ROW_GROUP = 1 << 20  # rows that are written at a time: parquet's usual row grou
 
 # %% ../../nbs/data/20_prepare.ipynb #cell-025
 def write_part(part: pd.DataFrame, review: pd.Series, path: Path) -> None:
-    "Write one part with its review texts as parquet, some rows at a time; the bytes are those of `to_parquet`."
+    """Write one part with its review texts as parquet, some rows at a time.
+
+    The bytes are those of `to_parquet`.
+    """
     rows, part = part.row.to_numpy(), part.drop(columns="row")
 
     def with_reviews(start: int, stop: int) -> pd.DataFrame:

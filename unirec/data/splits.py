@@ -107,7 +107,11 @@ def in_order(
 def leave_one_out(
     events: pd.DataFrame,  # ordered events of `in_order`, at least 3 a user
 ) -> dict[str, pd.DataFrame]:
-    "Split each user's events: the last is test, the one before valid, the others train; raises ValueError for users with fewer than 3."
+    """Split each user's events.
+
+    The last is test, the one before valid, the others train; raises ValueError for users with fewer
+    than 3.
+    """
     size = events.groupby("user").user.transform("size")
     if (size < 3).any():
         raise ValueError(
@@ -127,7 +131,11 @@ def last_k(
     events: pd.DataFrame,  # ordered events of `in_order`, at least 4 a user
     k: int = 5,  # test events a user, at most
 ) -> dict[str, pd.DataFrame]:
-    "Split each user's events: the last min(k, n - 3) are test, the one before valid, the others train; raises ValueError for users with fewer than 4."
+    """Split each user's events.
+
+    The last min(k, n - 3) are test, the one before valid, the others train; raises ValueError for users
+    with fewer than 4.
+    """
     if k < 1:
         raise ValueError(f"last_k holds out at least 1 event a user, got k = {k}")
     size = events.groupby("user").user.transform("size")
@@ -167,7 +175,10 @@ def cut_times(
     times: np.ndarray,  # int64, ms
     shares: tuple[float, float],  # shares of the events in valid and in test, the most recent ones
 ) -> tuple[int, int]:
-    "The times of the first event of valid and of test; sizes are rounded down, but to no less than one event."
+    """The times of the first event of valid and of test.
+
+    Sizes are rounded down, but to no less than one event.
+    """
     if len(shares) != 2 or min(shares) <= 0 or sum(shares) >= 1:
         raise ValueError(
             f"by_time: shares {tuple(shares)} of valid and test, expected two above 0 that leave something"

@@ -127,7 +127,10 @@ def _one(options, r):
 
 
 def item_text(item, r: np.ndarray) -> tuple:
-    "Title and description (a list of sentences, empty if hidden) of a row of the catalogue; r: 12 random numbers."
+    """Title and description (a list of sentences, empty if hidden) of a row of the catalogue.
+
+    R: 12 random numbers.
+    """
     nouns, functions = list(PRODUCTS.values())[item.category][0], list(PHRASES.values())
     (adjectives, purposes, sentences), second = functions[item.function], functions[item.second][2]
     words = dict(
