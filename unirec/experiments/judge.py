@@ -182,7 +182,7 @@ def compare_pair(
     }
 
 
-# %% ../../nbs/experiments/06_judge.ipynb #cell-016
+# %% ../../nbs/experiments/06_judge.ipynb #cell-018
 def pairs(
     record: Record,
     every: bool = False,  # over every test event, not the new ones alone
@@ -226,7 +226,7 @@ def _word(row: Mapping, p: float) -> str:  # p: corrected
     return pair_word(row["low"], row["high"], p, row["highest"], row["least"])
 
 
-# %% ../../nbs/experiments/06_judge.ipynb #cell-017
+# %% ../../nbs/experiments/06_judge.ipynb #cell-019
 FIGURES = ("mrr", "rival_mrr", "difference", "low", "high", "highest", "holm", "detectable")
 _KEY = ["dataset", "protocol", "contrast"]
 
@@ -282,7 +282,7 @@ def _nearest(pairs: pd.DataFrame) -> pd.Series:  # of one contrast
     return chosen.loc[chosen.difference.idxmin()] if len(chosen) else pairs.iloc[0]
 
 
-# %% ../../nbs/experiments/06_judge.ipynb #cell-019
+# %% ../../nbs/experiments/06_judge.ipynb #cell-021
 def made_up(
     study: Study,
     strength: Mapping[str, float],  # of each variant that is there
@@ -321,7 +321,7 @@ def made_up(
     return Record(study, pd.DataFrame(rows), pd.concat(ranks), len(planned(study)))
 
 
-# %% ../../nbs/experiments/06_judge.ipynb #cell-024
+# %% ../../nbs/experiments/06_judge.ipynb #cell-026
 def whole_seeds(
     rows: pd.DataFrame,  # of one data set and protocol: variant, seed
     drawn: Iterable[str],  # variants that have seeds

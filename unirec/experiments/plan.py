@@ -12,7 +12,7 @@ from pathlib import Path
 from ..baselines.registry import BASELINES
 from ..core.params import digest, merged, override, read_params, read_yaml
 from ..data.schema import TYPES
-from .study import BLOCKS, Limit, Study, StudySet, item_changes, read_study
+from .study import BLOCKS, Limit, Study, StudySet, item_changes, read_study, study_names
 from ..model.recommender import MODELS
 
 
@@ -102,6 +102,9 @@ def load_study(
 ) -> tuple[Study, dict]:  # the study; params.yaml with `sets`, `budgets` and `tuned` of the studies
     "A study and all parameters that it reads; raises ValueError for what does not exist."
     folder = Path(root) / "experiments"
+    if name not in study_names(root):
+        known = ", ".join(study_names(root))
+        raise ValueError(f"study {name!r}: expected a file in experiments/, one of {known}")
     study, params = read_study(folder / f"{name}.yaml"), read_params(Path(root))
     common, tuned = (
         read_yaml(path) if (path := folder / f"{shared}.yaml").exists() else {}

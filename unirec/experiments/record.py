@@ -107,7 +107,7 @@ def read_ranks(root: Path, study: Study) -> pd.DataFrame:  # run, user, position
     return ranks.astype({"run": str})
 
 
-# %% ../../nbs/experiments/05_record.ipynb #cell-010
+# %% ../../nbs/experiments/05_record.ipynb #cell-011
 def _replace_rows(path: Path, part: pd.DataFrame, run: str) -> None:
     "Put a run's rows into a table of many."
     if path.exists():
@@ -125,7 +125,7 @@ def _replace_ranks(path: Path, ranks: pd.DataFrame) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-# %% ../../nbs/experiments/05_record.ipynb #cell-011
+# %% ../../nbs/experiments/05_record.ipynb #cell-012
 def record_run(
     root: Path,
     study: Study,
@@ -186,7 +186,7 @@ def shared_run(
     return None
 
 
-# %% ../../nbs/experiments/05_record.ipynb #cell-014
+# %% ../../nbs/experiments/05_record.ipynb #cell-015
 @dataclass
 class Record:
     "The runs of a study that are recorded."

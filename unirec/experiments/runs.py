@@ -254,8 +254,8 @@ def judge_study(
 def add_run(parser: argparse.ArgumentParser) -> None:
     "The arguments of `unirec run`."
     parser.description = (
-        "Do the runs of a study that are not recorded yet, and write its tables to results/. It can be stopped"
-        " at any time and goes on where it was; several processes can share a study."
+        "Do the runs of a study that are not recorded yet, and write its tables to results/. It can be"
+        " stopped at any time and goes on where it was; several processes can share a study."
     )
     parser.add_argument("study", nargs="+", metavar="STUDY", help="a name or a file in experiments/")
     parser.add_argument("--datasets", metavar="NAMES", help="some of its data sets, with commas between them")

@@ -191,7 +191,7 @@ def error_lines(
     return [f"{path}: {_place(problem)}: {_expected(problem)}" for problem in error.errors()]
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-012
+# %% ../../nbs/experiments/01_study.ipynb #cell-013
 BLOCKS = ("model", "pretrain", "llm", "finetune")  # of params.yaml, which a run's key is made of
 
 
@@ -200,7 +200,7 @@ def item_changes(changes: Mapping) -> dict:
     return {name.removeprefix("data."): value for name, value in changes.items() if name.startswith("data.")}
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-013
+# %% ../../nbs/experiments/01_study.ipynb #cell-015
 def _wrong_changes(study: Study) -> Iterator[str]:
     "Settings that a study cannot change."
     places = [("base", study.base)]
@@ -262,7 +262,7 @@ def _unknown_names(study: Study) -> Iterator[str]:
         yield "variants: empty, expected variants, models or grids"
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-014
+# %% ../../nbs/experiments/01_study.ipynb #cell-016
 def read_study(path: Path) -> Study:
     "A study from its file; raises ValueError with one line a problem that names the file and the field."
     path = Path(path)
@@ -285,7 +285,7 @@ def study_names(root: Path) -> list[str]:
     return [name for name in names if name not in ("common", "tuned", "dvc")]
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-016
+# %% ../../nbs/experiments/01_study.ipynb #cell-018
 def toy_study(
     **changes,  # fields that are different
 ) -> dict:  # the content of a file

@@ -71,7 +71,7 @@ def present_codes(study: Study) -> dict[tuple[str, str], str]:  # (protocol, nam
     return out
 
 
-# %% ../../nbs/experiments/08_variants.ipynb #cell-009
+# %% ../../nbs/experiments/08_variants.ipynb #cell-010
 def _train_once(folder: Path, train: Callable[[], object]) -> float:  # seconds that it took
     "Run a stage unless its folder is finished."
     done = folder / "seconds.json"
@@ -115,7 +115,7 @@ def _train_stages(
     return _Stages(net, None if end_to_end else first, log, seconds)
 
 
-# %% ../../nbs/experiments/08_variants.ipynb #cell-010
+# %% ../../nbs/experiments/08_variants.ipynb #cell-011
 def train_variant(
     root: Path,
     study: Study,

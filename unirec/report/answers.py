@@ -223,7 +223,7 @@ def verdict_plot(
     limit: float = 0.4,  # share of the rival's MRR at which the axis ends
     margin: float = 0.05,  # gains below this share do not count
 ) -> Figure | None:  # None: there are none
-    "Each contrast's difference to the nearest rival, as a share of its MRR, with intervals; a dot a data set."
+    "Each contrast's difference to the nearest rival, as a share of its MRR, with intervals; one dot a set."
     rows = (
         verdicts[(verdicts.protocol == protocol) & ~verdicts.null.astype(bool)] if len(verdicts) else verdicts
     )
