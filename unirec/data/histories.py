@@ -70,7 +70,7 @@ class Histories:
     def first(self, length: int) -> "Histories":  # at most so many events of each user
         """The oldest events of every user.
 
-        Train.append(valid).append(tests.first(2)) is the history before the third held-out event.
+        `train.append(valid).append(tests.first(2))` is the history before the third held-out event.
         """
         kept = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], self.lengths) < length
         parts = {f: getattr(self, f)[kept] for f in ("items", "times", "ratings", "reviews")}

@@ -129,7 +129,7 @@ def _one(options, r):
 def item_text(item, r: np.ndarray) -> tuple:
     """Title and description (a list of sentences, empty if hidden) of a row of the catalogue.
 
-    R: 12 random numbers.
+    `r` is 12 random numbers in 0..1.
     """
     nouns, functions = list(PRODUCTS.values())[item.category][0], list(PHRASES.values())
     (adjectives, purposes, sentences), second = functions[item.function], functions[item.second][2]
