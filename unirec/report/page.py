@@ -12,12 +12,7 @@ __all__ = [
     "relative_change",
     "llm_share_frame",
     "runs_frame",
-    "best_validation",
-    "read_curves",
     "plots",
-    "run_chart_rows",
-    "comparison_charts",
-    "curve_charts",
     "users_view",
     "set_view",
     "asset",
@@ -34,9 +29,24 @@ import pandas as pd
 from markupsafe import Markup
 
 from ..data.quality import format_number, quality_tables
-from .comparison import HELD_OUT, against_reference, comparison_view, recorded_comparison
-from .explorer import comparison_chart, curves_chart, explorer_view, library, policy, script_json
-from .figures import COMPARISON, CURVES, inline_svg, plot_comparison, plot_curves, read_rows
+from .comparison import comparison_view
+from unirec.report.explorer import (
+    comparison_charts,
+    curve_charts,
+    explorer_view,
+    library,
+    policy,
+    script_json,
+)
+from unirec.report.figures import (
+    COMPARISON,
+    best_validation,
+    inline_svg,
+    plot_comparison,
+    plot_curves,
+    read_curves,
+    read_rows,
+)
 from unirec.report.tables import (
     Cell,
     comparison_table,
@@ -170,22 +180,6 @@ def runs_frame(
 
 
 # %% ../../nbs/report/05_page.ipynb #cell-020
-def best_validation(
-    curves: pd.DataFrame,  # rows of curves.csv of one stage
-) -> str:
-    "The best MRR on validation of every model, in words"
-    best = curves.dropna(subset=["mrr"]).groupby("model")["mrr"].max()
-    values = ", ".join(f"{model} {value:.4f}" for model, value in best.items())
-    return f"Best MRR on validation: {values or 'not measured'}"
-
-
-def read_curves(
-    folder: Path,  # results of one data set
-) -> pd.DataFrame:
-    "The learning curves of a data set"
-    return read_rows(Path(folder) / "curves.csv", CURVES, "epoch")
-
-
 def plots(
     folder: Path,  # results of one data set
     salt: str,  # different for each data set of a page
@@ -202,60 +196,7 @@ def plots(
     return {"comparison": inline_svg(plot_comparison(rows), salt, words), "curves": drawn}
 
 
-# %% ../../nbs/report/05_page.ipynb #cell-021
-def run_chart_rows(
-    table: pd.DataFrame,  # rows of `comparison_table` of one data set
-) -> pd.DataFrame:  # model, value, low, high, note
-    "MRR of every model of a run, with one standard deviation over seeds"
-    mean, spread = table["full mrr"], table["full mrr sd"]
-    bounds = {"low": mean - spread, "high": mean + spread}
-    return table[["model"]].assign(value=mean, **bounds, note=table["seeds"].map("{} seed(s)".format))
-
-
-def comparison_charts(
-    results: Path,  # results folder
-    name: str,  # data set
-    table: pd.DataFrame,  # its rows of `comparison_table`
-) -> dict:  # title, caption, words, spec
-    "The chart of the comparison"
-    recorded = recorded_comparison(results)
-    differences = pd.DataFrame()
-    if name in recorded.tables and not recorded.label:
-        protocol = recorded.tables[name]["protocol"].iloc[0]
-        differences = against_reference(recorded.tables[name], protocol)
-    if differences.empty:
-        rows, title = run_chart_rows(table), "MRR, whole catalogue"
-        caption = "Test; this run. Lines are one standard deviation over seeds, where there are several."
-    else:
-        title = f"MRR minus that of {differences['reference'].iloc[0]}"
-        caption = (
-            f"Test, several seeds, {HELD_OUT.get(protocol, protocol).lower()}. Lines are 95% intervals over"
-            " users and seeds; right of 0 is better than the baseline that is best on validation."
-        )
-        notes = [f"MRR {r.mrr:.4f}, {int(r.seeds)} seed(s), {r.verdict}" for r in differences.itertuples()]
-        rows = differences.rename(columns={"difference": "value"}).assign(note=notes)
-        rows = rows[["model", "value", "low", "high", "note"]]
-    values = ", ".join(f"{row.model} {row.value:.4f}" for row in rows.itertuples())
-    spec = comparison_chart(rows, title, zero=not differences.empty)
-    return {"title": "Comparison", "caption": caption, "words": f"{title}: {values}", "spec": spec}
-
-
-def curve_charts(
-    folder: Path,  # results of one data set
-) -> list[dict]:  # title, caption, words, spec
-    "The charts of the learning curves, one a stage"
-    curves = read_curves(folder).replace([float("inf"), -float("inf")], float("nan"))
-    charts = []
-    for stage, part in curves.groupby("stage", sort=False):
-        caption = "One seed; the chosen model stands out."
-        if part["mrr"].isna().all():
-            caption = "Training loss; MRR on validation is not measured in this stage."
-        title, words = f"Learning curves: {stage}", best_validation(part)
-        charts.append({"title": title, "caption": caption, "words": words, "spec": curves_chart(part)})
-    return charts
-
-
-# %% ../../nbs/report/05_page.ipynb #cell-024
+# %% ../../nbs/report/05_page.ipynb #cell-023
 def users_view(
     path: Path,  # examples.json of a data set
     entry: Mapping,  # its settings
@@ -328,7 +269,7 @@ def set_view(
     }
 
 
-# %% ../../nbs/report/05_page.ipynb #cell-027
+# %% ../../nbs/report/05_page.ipynb #cell-026
 BUDGETS = {"quick": "a quick run; claims never come from it", "full": "the full comparison"}
 
 
@@ -368,7 +309,7 @@ def render_page(
     )
 
 
-# %% ../../nbs/report/05_page.ipynb #cell-029
+# %% ../../nbs/report/05_page.ipynb #cell-028
 def build_page(
     results: Path,  # folder with a subfolder of results for each data set
     predictions: Path,  # folder with a subfolder of predictions for each data set
