@@ -8,12 +8,13 @@ __all__ = [
     "target_groups",
     "lacking",
     "by_group",
+    "by_history_length",
     "retrieval",
     "modality_embeddings",
     "modality_retrieval",
     "best_items",
     "top_lists",
-    "Watched",
+    "RecordingScorer",
     "gini",
     "diversity",
     "list_figures",
@@ -33,7 +34,7 @@ from torch import Tensor
 from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from ..encoders.modalities import TABLES
-from .metrics import expected_ranks, had
+from .metrics import expected_ranks, full_ranks, seen_items
 from .significance import bootstrap
 from ..model.recommender import UniRec
 
@@ -63,7 +64,7 @@ def target_groups(
         raise ValueError(f"{len(targets)} targets for {len(users)} users: one each is expected")
     counts = np.bincount(train.items, minlength=train.n_items)
     popularity = terciles(counts[targets], ("rare", "middle", "popular"), counts[counts > 0])
-    rows, items = had(histories, users)
+    rows, items = seen_items(histories, users)
     out = pd.DataFrame(
         {
             "target": pd.Categorical(np.where(counts[targets] == 0, "cold", "warm"), ["cold", "warm"]),
@@ -129,7 +130,58 @@ def by_group(
     return pd.DataFrame(rows)
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-020
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-021
+def by_history_length(
+    scorer: Callable,  # (histories, users) -> (B, N) scores, as `UniRec.scorer()`
+    histories: Histories,  # train
+    targets: np.ndarray,  # (U,) valid items
+    edges: Sequence[int] = (0, 5, 10, 20, 50),  # shortest history of each bucket, in events
+    # the same model on the most recent events only: `UniRec.scorer(history=n)`
+    recent: Callable | None = None,
+    n: int = 0,  # how many these are; buckets that begin below get no comparison
+) -> pd.DataFrame:  # length, users, mrr, se, chance, mrr_recent, difference, difference_se
+    "MRR by length of history, and what the events before the most recent ones add to it."
+    edges, names = np.unique([0, *edges]), []
+    for low, high in zip(edges, [*edges[1:], None]):
+        names.append(f"{low}+" if high is None else f"{low}-{high - 1}")
+    at = np.searchsorted(edges, histories.lengths, side="right") - 1
+    users = pd.DataFrame({"length": names, "from": edges}).iloc[at].reset_index(drop=True)
+    users["mrr"], users["chance"] = (
+        1 / full_ranks(scorer, histories, targets),
+        _chance(histories, np.asarray(targets)),
+    )
+    users["mrr_recent"] = (
+        np.nan
+        if recent is None
+        else np.where(users["from"] >= n, 1 / full_ranks(recent, histories, targets), np.nan)
+    )
+    users["difference"] = users.mrr - users.mrr_recent
+    groups = users.groupby(["from", "length"])
+    out = pd.DataFrame(
+        {
+            "users": groups.size(),
+            "mrr": groups.mrr.mean(),
+            "se": groups.mrr.sem(),
+            "chance": groups.chance.mean(),
+            "mrr_recent": groups.mrr_recent.mean(),
+            "difference": groups.difference.mean(),
+            "difference_se": groups.difference.sem(),
+        }
+    )
+    return out.reset_index().drop(columns="from")
+
+
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-022
+def _chance(h: Histories, targets: np.ndarray) -> np.ndarray:  # (U,)
+    """Expected reciprocal rank of a random order, for each user: what is not in the history competes, and
+    the target."""
+    seen = np.unique(h.users * h.n_items + h.items)  # distinct items of each user
+    own = np.arange(len(h)) * h.n_items + targets
+    left = h.n_items - np.bincount(seen // h.n_items, minlength=len(h)) + np.isin(own, seen)
+    return (np.cumsum(1 / np.arange(1, h.n_items + 1)) / np.arange(1, h.n_items + 1))[left - 1]
+
+
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-025
 def retrieval(
     a: np.ndarray | Tensor,
     b: np.ndarray | Tensor,  # (N, D) each, a row an item
@@ -155,7 +207,7 @@ def retrieval(
     )
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-023
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-028
 def modality_embeddings(
     model: UniRec,
     tables: Sequence[str],  # which of TABLES the encoder may read
@@ -177,7 +229,7 @@ def modality_embeddings(
     return items, torch.cat(parts) if parts else torch.zeros(0, model.config.out)
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-024
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-029
 def modality_retrieval(
     model: UniRec, ks: Sequence[int] = (1, 10)
 ) -> pd.DataFrame:  # query, found, items, r@k, random r@k
@@ -194,7 +246,7 @@ def modality_retrieval(
     )
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-031
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-036
 def best_items(
     scores: Tensor | np.ndarray,  # (B, N) of a batch of users
     histories: Histories,  # what is known; what a user has had is not recommended
@@ -209,7 +261,7 @@ def best_items(
     if k > histories.n_items:
         raise ValueError(short)
     scores = torch.as_tensor(scores).float().cpu().clone()
-    scores[tuple(map(torch.as_tensor, had(histories, users)))] = -torch.inf
+    scores[tuple(map(torch.as_tensor, seen_items(histories, users)))] = -torch.inf
     top = scores.topk(k)
     if (top.values[:, -1] == -torch.inf).any():
         raise ValueError(short)
@@ -227,15 +279,15 @@ def top_lists(
     return np.concatenate([best_items(scorer(histories, users), histories, users, k) for users in parts])
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-033
-class Watched:
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-038
+class RecordingScorer:
     """A scorer that also keeps the top items of every user that it was asked for, so that ranks and lists
     come from one pass."""
 
     def __init__(
         self, scorer: Callable, h: Histories, k: int = 10
     ):  # length of the lists; shorter where some user has had nearly all items
-        left = h.n_items - np.bincount(had(h, np.arange(len(h)))[0], minlength=len(h)).max(initial=0)
+        left = h.n_items - np.bincount(seen_items(h, np.arange(len(h)))[0], minlength=len(h)).max(initial=0)
         self.scorer, self.lists = scorer, np.zeros((len(h), min(k, int(left))), dtype=np.int64)
 
     def __call__(self, h: Histories, users: np.ndarray) -> torch.Tensor:  # (B, N)
@@ -244,7 +296,7 @@ class Watched:
         return scores
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-034
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-039
 def gini(x: np.ndarray) -> float:  # (n,) counts, at least one above 0
     "Gini index: 0 = all have the same, (n - 1) / n = one has everything."
     x, n = np.sort(np.asarray(x, float)), len(x)
@@ -253,7 +305,7 @@ def gini(x: np.ndarray) -> float:  # (n,) counts, at least one above 0
     return float(((2 * np.arange(1, n + 1) - n - 1) * x).sum() / (n * x.sum()))
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-036
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-041
 def diversity(
     lists: np.ndarray,  # (U, k) items
     vectors: np.ndarray,  # (N, D) frozen vectors of the items
@@ -270,7 +322,7 @@ def diversity(
     return np.concatenate(out)
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-038
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-043
 def list_figures(
     lists: np.ndarray,  # (U, k) items
     train: Histories,  # whose counts say what is popular

@@ -8,7 +8,6 @@ __all__ = [
     "moved",
     "told_by_value",
     "schema_confusion",
-    "by_history_length",
     "modality_shares",
     "instability",
     "findings",
@@ -18,7 +17,7 @@ __all__ = [
 # %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-003
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -31,6 +30,7 @@ from torch.func import functional_call
 from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from ..encoders.modalities import TABLES
+from .breakdowns import by_history_length
 from .metrics import full_ranks
 from .significance import paired_error
 from ..model.recommender import UniRec
@@ -170,65 +170,16 @@ def schema_confusion(
     return out
 
 
-# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-029
-def by_history_length(
-    scorer: Callable,  # (histories, users) -> (B, N) scores, as `UniRec.scorer()`
-    histories: Histories,  # train
-    targets: np.ndarray,  # (U,) valid items
-    edges: Sequence[int] = (0, 5, 10, 20, 50),  # shortest history of each bucket, in events
-    # the same model on the most recent events only: `UniRec.scorer(history=n)`
-    recent: Callable | None = None,
-    n: int = 0,  # how many these are; buckets that begin below get no comparison
-) -> pd.DataFrame:  # length, users, mrr, se, chance, mrr_recent, difference, difference_se
-    "MRR by length of history, and what the events before the most recent ones add to it."
-    edges, names = np.unique([0, *edges]), []
-    for low, high in zip(edges, [*edges[1:], None]):
-        names.append(f"{low}+" if high is None else f"{low}-{high - 1}")
-    at = np.searchsorted(edges, histories.lengths, side="right") - 1
-    users = pd.DataFrame({"length": names, "from": edges}).iloc[at].reset_index(drop=True)
-    users["mrr"], users["chance"] = (
-        1 / full_ranks(scorer, histories, targets),
-        _chance(histories, np.asarray(targets)),
-    )
-    users["mrr_recent"] = (
-        np.nan
-        if recent is None
-        else np.where(users["from"] >= n, 1 / full_ranks(recent, histories, targets), np.nan)
-    )
-    users["difference"] = users.mrr - users.mrr_recent
-    groups = users.groupby(["from", "length"])
-    out = pd.DataFrame(
-        {
-            "users": groups.size(),
-            "mrr": groups.mrr.mean(),
-            "se": groups.mrr.sem(),
-            "chance": groups.chance.mean(),
-            "mrr_recent": groups.mrr_recent.mean(),
-            "difference": groups.difference.mean(),
-            "difference_se": groups.difference.sem(),
-        }
-    )
-    return out.reset_index().drop(columns="from")
-
-
-# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-030
-def _chance(h: Histories, targets: np.ndarray) -> np.ndarray:  # (U,)
-    """Expected reciprocal rank of a random order, for each user: what is not in the history competes, and
-    the target."""
-    seen = np.unique(h.users * h.n_items + h.items)  # distinct items of each user
-    own = np.arange(len(h)) * h.n_items + targets
-    left = h.n_items - np.bincount(seen // h.n_items, minlength=len(h)) + np.isin(own, seen)
-    return (np.cumsum(1 / np.arange(1, h.n_items + 1)) / np.arange(1, h.n_items + 1))[left - 1]
-
-
-# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-038
+# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-036
 def modality_shares(
     model: UniRec,
     # train; with the targets: also the MRR without each modality
     histories: Histories | None = None,
     targets: np.ndarray | None = None,  # (U,) valid items
     limit: float = 0.8,  # a share above it dominates
-) -> pd.DataFrame:  # modality, items, lost, slots, moved, share, dominates; with targets mrr, mrr_without, difference, difference_se
+) -> (
+    pd.DataFrame
+):  # modality, items, lost, slots, moved, share, dominates; with targets as `paired_error` too
     "How far candidate embeddings move when a modality is left out, and what it is worth."
     c, kinds = model.catalogue, [*TABLES, "id"]
     mask = c.mask if model.items.triplets.ids is not None else c.mask & (c.attr != c.id_attr)
@@ -261,7 +212,7 @@ def modality_shares(
     return out
 
 
-# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-046
+# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-044
 def instability(
     log: list[
         dict
@@ -312,89 +263,92 @@ def instability(
     return out | {"verdict": "; ".join(signs) or "stable"}
 
 
-# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-054
-def findings(
-    found: dict,
-) -> list[str]:  # of `diagnose`: schema, lengths, modalities (tables), instability (dict), recent (events)
-    """A sentence per signature: the sign and its figure, or that there is none; one before them if the model
-    is no better than chance."""
-    s, l, m, out = found["schema"], found["lengths"], found["modalities"], []
+# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-052
+def _pooled(lengths: pd.DataFrame, figure: str, error: str) -> tuple[float, float]:
+    "Mean over the users of all buckets, and its standard error."
+    users = lengths.users
+    squares = (users * lengths[error].fillna(0)) ** 2
+    return (users * lengths[figure]).sum() / users.sum(), squares.sum() ** 0.5 / users.sum()
 
-    def pooled(t, x, se):
-        return (
-            (t.users * t[x]).sum() / t.users.sum(),
-            ((t.users * t[se].fillna(0)) ** 2).sum() ** 0.5 / t.users.sum(),
-        )
 
-    (mrr, se), chance = pooled(l, "mrr", "se"), (l.users * l.chance).sum() / l.users.sum()
-    if mrr < chance + 2 * se:
-        out.append(
-            f"everything: this model does not rank better than chance (MRR {mrr:.4f}, se {se:.4f}; chance"
-            f" {chance:.4f}): the other findings mean little"
-        )
-    bad, l = s[s.reading == "confused"], l.dropna(subset="difference")
-    if not s.ratio.notna().any():
-        out.append("schema: no two attributes of one type that could be compared")
-    elif len(bad):
-        out.append(
-            "schema: sign of confusion: the name hardly matters for "
-            + ", ".join(
-                f"{r.a} / {r.b} (ratio {r.ratio:.2f}, {r.told_by_value:.0%} told by value)"
-                for r in bad.itertuples()
-            )
-        )
-    else:
-        named = s[s.reading == "told apart by name"]
-        smallest = f", smallest ratio {named.ratio.min():.2f}" if len(named) else ""
-        out.append(
-            f"schema: no sign of confusion (of {len(s)} pairs, {len(named)} are told apart by name{smallest},"
-            f" {(s.reading == 'told apart by value').sum()} by value alone)"
-        )
-    if not len(l):
-        out.append(f"long histories: no user with more than {found['recent']} events to compare")
-    else:
-        d, se = pooled(l, "difference", "difference_se")
-        said = (
-            "no sign of underfitting"
-            if d > 2 * se
-            else (
-                "sign of harm"
-                if d < -2 * se
-                else "possible sign of underfitting, or nothing to be had from older events"
-            )
-        )
-        out.append(
-            f"long histories: {said}: reading more than the last {found['recent']} events changes the MRR by"
-            f" {d:+.4f} (se {se:.4f}, {l.users.sum()} users)"
-        )
-    top = m.sort_values("share").iloc[-1]
-    unread = [r.modality for r in m.itertuples() if r.share < 0.01]
-    paid = [
-        r.modality
-        for r in m.itertuples()
-        if "difference" in m and r.modality != top.modality and r.difference > 2 * r.difference_se
-    ]
-    worth = (f"; the MRR also falls without {', '.join(paid)}" if paid else "") + (
-        f"; hardly read: {', '.join(unread)}" if unread else ""
-    )
-    said = f"sign: {top.modality} dominates" if top.dominates else "no sign that one dominates"
-    out.append(
-        f"modalities: {said} (largest share {top.share:.0%}, {top.modality}; {top.slots:.0%} of the"
-        f" triplets){worth}"
-        if m.share.notna().sum() > 1
-        else "modalities: nothing to compare"
-    )
-    verdict = found["instability"]["verdict"]
+def _against_chance(lengths: pd.DataFrame) -> list[str]:
+    "A sentence where the model does not rank better than a random order."
+    mrr, se = _pooled(lengths, "mrr", "se")
+    chance = (lengths.users * lengths.chance).sum() / lengths.users.sum()
+    if mrr >= chance + 2 * se:
+        return []
     return [
-        *out,
-        (
-            "training:"
-            f" {'no sign of instability' if verdict == 'stable' else verdict if verdict == 'no log' else 'sign of instability: ' + verdict}"
-        ),
+        f"everything: this model does not rank better than chance (MRR {mrr:.4f}, se {se:.4f}; chance"
+        f" {chance:.4f}): the other findings mean little"
     ]
 
 
-# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-055
+def _about_schema(pairs: pd.DataFrame) -> str:
+    if not pairs.ratio.notna().any():
+        return "schema: no two attributes of one type that could be compared"
+    confused = pairs[pairs.reading == "confused"]
+    if len(confused):
+        named = (
+            f"{r.a} / {r.b} (ratio {r.ratio:.2f}, {r.told_by_value:.0%} told by value)"
+            for r in confused.itertuples()
+        )
+        return f"schema: sign of confusion: the name hardly matters for {', '.join(named)}"
+    by_name = pairs[pairs.reading == "told apart by name"]
+    smallest = f", smallest ratio {by_name.ratio.min():.2f}" if len(by_name) else ""
+    return (
+        f"schema: no sign of confusion (of {len(pairs)} pairs, {len(by_name)} are told apart by name"
+        f"{smallest}, {(pairs.reading == 'told apart by value').sum()} by value alone)"
+    )
+
+
+def _about_lengths(lengths: pd.DataFrame, recent: int) -> str:
+    compared = lengths.dropna(subset="difference")
+    if not len(compared):
+        return f"long histories: no user with more than {recent} events to compare"
+    difference, se = _pooled(compared, "difference", "difference_se")
+    reading = "possible sign of underfitting, or nothing to be had from older events"
+    if difference > 2 * se:
+        reading = "no sign of underfitting"
+    elif difference < -2 * se:
+        reading = "sign of harm"
+    return (
+        f"long histories: {reading}: reading more than the last {recent} events changes the MRR by"
+        f" {difference:+.4f} (se {se:.4f}, {compared.users.sum()} users)"
+    )
+
+
+def _about_modalities(shares: pd.DataFrame) -> str:
+    if shares.share.notna().sum() < 2:
+        return "modalities: nothing to compare"
+    top = shares.sort_values("share").iloc[-1]
+    reading = f"sign: {top.modality} dominates" if top.dominates else "no sign that one dominates"
+    text = f"modalities: {reading} (largest share {top.share:.0%}, {top.modality}; "
+    text += f"{top.slots:.0%} of the triplets)"
+    if "difference" in shares:
+        worth = shares[(shares.modality != top.modality) & (shares.difference > 2 * shares.difference_se)]
+        if len(worth):
+            text += f"; the MRR also falls without {', '.join(worth.modality)}"
+    unread = shares.modality[shares.share < 0.01]
+    return text + (f"; hardly read: {', '.join(unread)}" if len(unread) else "")
+
+
+def findings(
+    diagnosis: dict,  # of `diagnose`: schema, lengths, modalities (tables), instability, recent (events)
+) -> list[str]:
+    "A sentence for each signature; one before them if the model is no better than chance."
+    verdict = diagnosis["instability"]["verdict"]
+    if verdict not in ("stable", "no log"):
+        verdict = f"sign of instability: {verdict}"
+    return [
+        *_against_chance(diagnosis["lengths"]),
+        _about_schema(diagnosis["schema"]),
+        _about_lengths(diagnosis["lengths"], diagnosis["recent"]),
+        _about_modalities(diagnosis["modalities"]),
+        f"training: {'no sign of instability' if verdict == 'stable' else verdict}",
+    ]
+
+
+# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-053
 def diagnose(
     model: UniRec,
     train: Histories,
@@ -404,8 +358,8 @@ def diagnose(
     recent: int = 10,  # the comparison for long histories reads so many events
     limit: float = 0.8,  # share above which a modality dominates
     confused: float = 0.1,  # ratio below which names do not matter
-    **thresholds,
-) -> dict:  # of `instability`; returns schema, lengths, modalities (tables), instability (dict), recent, findings (list of sentences)
+    **thresholds,  # of `instability`
+) -> dict:  # schema, lengths, modalities (tables), instability (dict), recent, findings (list of sentences)
     """All four diagnoses of a trained model, on train histories and valid targets; raises ValueError if
     `recent` is all that the model reads."""
     if recent >= model.config.history:
@@ -414,7 +368,7 @@ def diagnose(
             " compare with"
         )
     with evaluating(model):
-        found = {
+        diagnosis = {
             "schema": schema_confusion(model, confused=confused),
             "lengths": by_history_length(
                 model.scorer(), train, valid_targets, edges, model.scorer(history=recent), recent
@@ -423,4 +377,4 @@ def diagnose(
             "instability": instability(log, **thresholds),
             "recent": recent,
         }
-    return found | {"findings": findings(found)}
+    return diagnosis | {"findings": findings(diagnosis)}

@@ -8,7 +8,7 @@ __all__ = [
     "summarise",
     "random_mrr",
     "shuffled",
-    "had",
+    "seen_items",
     "history_mask",
     "full_ranks",
     "shuffled_ranks",
@@ -131,11 +131,11 @@ def shuffled(
 
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #cell-036
-def had(
+def seen_items(
     histories: Histories,  # what the users did so far
     users: np.ndarray,  # (B,) int64 rows of `histories`
 ) -> tuple[np.ndarray, np.ndarray]:  # (K,) int64 rows in `users`, (K,) int64 items; a pair stands once
-    "Which items each user has had, as pairs."
+    "The items of each user's history, as pairs of a user and an item."
     starts, counts = histories.offsets[users], np.diff(histories.offsets)[users]
     rows = np.repeat(np.arange(len(users)), counts)
     first = np.cumsum(counts) - counts  # where each user's events begin once they are laid end to end
@@ -150,9 +150,9 @@ def history_mask(
     histories: Histories,  # what the users did so far
     users: np.ndarray,  # (B,) int64 rows of `histories`
 ) -> np.ndarray:  # (B, N) bool, True where the user has had the item
-    "The same as a table."
+    "The same pairs as a table of users and items."
     mask = np.zeros((len(users), histories.n_items), dtype=bool)
-    mask[had(histories, users)] = True
+    mask[seen_items(histories, users)] = True
     return mask
 
 
@@ -189,7 +189,7 @@ def _ranks_in_batches(scorer, histories, users, targets=None, candidates=None, b
             )
         if targets is not None:
             _refuse_nan(scores, users[part])
-            higher, ties = _without_history(scores, targets[part], *had(histories, users[part]))
+            higher, ties = _without_history(scores, targets[part], *seen_items(histories, users[part]))
             found.setdefault("full", []).append(1.0 + higher + ties / 2)
             if draw is not None:
                 found.setdefault("full_shuffled", []).append(shuffled(higher, ties, draw[part]))

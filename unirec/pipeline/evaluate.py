@@ -29,7 +29,13 @@ from ..baselines.registry import BASELINES, fit_baseline
 from ..core.device import pick_device
 from ..data.histories import Histories
 from ..encoders.catalogue import Data, item_vectors, load_test
-from ..evaluation.breakdowns import Watched, by_group, list_figures, modality_retrieval, target_groups
+from unirec.evaluation.breakdowns import (
+    RecordingScorer,
+    by_group,
+    list_figures,
+    modality_retrieval,
+    target_groups,
+)
 from ..evaluation.examples import examples
 from ..evaluation.metrics import expected_ranks, history_mask, ranks, summarise
 from ..model.events import Events, last_batches
@@ -214,7 +220,7 @@ def evaluate(
     nets = trained_models(data, params, models)
     baselines = baseline_scorers(data, params)
     scorers = {name: net.scorer() for name, net in nets.items()} | baselines
-    watched = {name: Watched(scorer, h) for name, scorer in scorers.items()}
+    watched = {name: RecordingScorer(scorer, h) for name, scorer in scorers.items()}
     user_ranks = {
         name: ranks(scorer, h, targets, candidates, shuffle=params["seed"])
         for name, scorer in watched.items()
