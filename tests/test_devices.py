@@ -19,7 +19,7 @@ from unirec.model.recommender import UniRec
 from unirec.pipeline import evaluate
 from unirec.pipeline import stages as steps
 from unirec.pipeline.profiles import read_profile
-from unirec.pipeline.random_weights import stand_ins
+from unirec.pipeline.random_weights import random_models
 from unirec.training.objective import LossConfig, step_loss
 
 AWAY = pretend_device.DEVICE
@@ -48,7 +48,7 @@ def toy(toy_project):
 def plain(root, tmp_path_factory, toy):
     "The paper's form over a stand-in of Qwen3, in float32, and its settings."
     tiny, folder = read_profile("paper-tiny", root), tmp_path_factory.mktemp("plain")
-    uri = stand_ins({"llm": tiny.models["llm"]}, folder, ["which item will the customer choose next?"])[
+    uri = random_models({"llm": tiny.models["llm"]}, folder, ["which item will the customer choose next?"])[
         "llm.uri"
     ]
     with pytest.MonkeyPatch.context() as patch:

@@ -11,7 +11,8 @@ import torch
 from unirec import cli
 from unirec.core.device import SHARE, gpu_peaks
 from unirec.core.params import read_params
-from unirec.pipeline.dry_run import WORDS, four_items, operations_of, run_flops
+from unirec.pipeline.dry_run import WORDS, write_four_items
+from unirec.pipeline.operations import count_operations, run_flops
 from unirec.pipeline.profiles import read_profile
 
 FIELDS = {
@@ -109,7 +110,7 @@ def test_nothing_is_left_behind(tiny, root):
 
 def test_operations_of_a_product_are_two_per_weight():
     x, y = torch.randn(3, 5), torch.randn(5, 7)
-    assert operations_of(lambda: x @ y) == 2 * 3 * 5 * 7
+    assert count_operations(lambda: x @ y) == 2 * 3 * 5 * 7
 
 
 def test_a_run_grows_with_its_data(root, tiny):
@@ -129,7 +130,7 @@ def test_a_run_grows_with_its_data(root, tiny):
 
 def test_four_items_have_all_attributes(root, tmp_path):
     schema = read_params(root)["sets"]["beauty"]["schema"]
-    spec = four_items(tmp_path / "shop", schema, history=20)
+    spec = write_four_items(tmp_path / "shop", schema, history=20)
     assert (
         spec.synthetic
         and spec.schema.names == list(schema)

@@ -18,7 +18,7 @@ from unirec.core.device import Machine
 from unirec.core.params import read_params
 from unirec.model.llm import LORA_MODULES
 from unirec.pipeline.profiles import read_profile
-from unirec.pipeline.random_weights import stand_ins
+from unirec.pipeline.random_weights import random_models
 from unirec.pipeline.runner import STAGES
 
 DATASET, LIMIT = "sample", 1800  # seconds: only against hanging
@@ -346,7 +346,9 @@ def test_make_knows_the_profiles(root):
 def test_stand_ins_draw_by_seed(root, tmp_path):
     models = {"llm": read_profile("paper-tiny", root).models["llm"]}
     one, two, three = (
-        load_file(Path(stand_ins(models, tmp_path / f, ["a mug"], seed=s)["llm.uri"]) / "model.safetensors")
+        load_file(
+            Path(random_models(models, tmp_path / f, ["a mug"], seed=s)["llm.uri"]) / "model.safetensors"
+        )
         for f, s in (("a", 0), ("b", 0), ("c", 1))
     )
     assert all(torch.equal(one[k], two[k]) for k in one) and any(

@@ -13,7 +13,8 @@ from unirec import cli
 from unirec.core.params import read_params, write_params
 from unirec.evaluation.metrics import full_ranks
 from unirec.model.recommender import MODELS
-from unirec.pipeline.recommend import Recommender, model_names, same_settings
+from unirec.pipeline.artefacts import check_settings
+from unirec.pipeline.recommend import Recommender, model_names
 from unirec.pipeline.runner import stage_params
 
 
@@ -248,7 +249,7 @@ def test_ranks_of_the_real_runs(dataset, root):
     if not made.is_file() or not (root / "models" / dataset / "finetune").is_dir():
         pytest.skip("the pipeline has not run here")
     try:
-        same_settings(Path(root), dataset, read_params(root))
+        check_settings(Path(root), dataset, read_params(root))
     except ValueError as error:
         pytest.skip(f"params.yaml has changed since the pipeline ran: {error}")
     written = pd.read_parquet(made)

@@ -6,28 +6,17 @@
 __all__ = [
     "WORDS",
     "STEPS",
-    "SIZES",
-    "PEAK",
-    "four_items",
-    "operations_of",
-    "forward_and_train",
-    "tower_units",
-    "model_units",
-    "batch_branch",
-    "computed_tokens",
-    "counted_step",
-    "run_flops",
+    "write_four_items",
     "cached_in",
     "dry_params",
     "two_steps",
     "examine",
-    "look_before",
+    "check_inputs",
     "dry_run",
     "dry_run_text",
 ]
 
 # %% ../../nbs/pipeline/07_dry_run.ipynb #cell-003
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,9 +29,6 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.device import hours, this_machine
 from ..core.memory import peak_memory_mb
@@ -55,66 +41,60 @@ from ..model.events import Events, training_batches
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import UniRec
+from .operations import count_parameters, counted_step, model_units, run_flops, tower_units
 from .profiles import Profile, check_fields
-from .random_weights import stand_ins
-from .stages import embed, finetune, pretrain, towers
-from ..training.objective import LossConfig, step_loss
+from .random_weights import random_models
+from .stages import embed, finetune, pretrain
+from ..training.objective import LossConfig
 
 # %% ../../nbs/pipeline/07_dry_run.ipynb #cell-006
 WORDS = "soft clear strong light gentle bright cream bottle brush mirror set colour daily natural classic small".split()
 
 
-def four_items(
+def write_four_items(
     folder: Path,
     schema: Mapping,  # of a data set in params.yaml
-    history: int,
+    history: int,  # events of a history
     customers: int = 4,
 ) -> SetSpec:
     "Write a made-up shop of four items as tables with pictures; returns its description."
     (folder / "images").mkdir(parents=True)
-    rng, columns = np.random.default_rng(0), {"item_id": [f"i{i}" for i in range(4)]}
+    rng = np.random.default_rng(0)
+    words = {"text": 40, "category": 2}
+    columns: dict[str, object] = {"item_id": [f"i{i}" for i in range(4)]}
 
-    def says(n):
+    def sentence(n):
         return " ".join(rng.choice(WORDS, n))
 
     for name, a in schema.items():
         if a["type"] == "number":
             columns[name] = np.round(rng.lognormal(3, 1, 4), 2)
+        elif a["type"] == "image":
+            columns[name] = [f"images/{i}.png" for i in range(4)]
         else:
-            columns[name] = [
-                f"images/{i}.png" if a["type"] == "image" else says(40 if a["type"] == "text" else 2)
-                for i in range(4)
-            ]
+            columns[name] = [sentence(words.get(a["type"], 2)) for _ in range(4)]
     for i in range(4):
-        Image.fromarray(rng.integers(0, 255, (256, 256, 3), dtype=np.uint8)).save(
-            folder / "images" / f"{i}.png"
-        )
-    events = [
-        (
-            f"c{u}",
-            f"i{rng.integers(4)}",
-            1_600_000_000 + 86_400 * (7 * k + u),
-            int(rng.integers(1, 6)),
-            says(30),
-        )
-        for u in range(customers)
-        for k in range(history + 3)
-    ]
+        pixels = rng.integers(0, 255, (256, 256, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    events = []
+    for u in range(customers):
+        for k in range(history + 3):
+            item, time_s = f"i{rng.integers(4)}", 1_600_000_000 + 86_400 * (7 * k + u)
+            events.append((f"c{u}", item, time_s, int(rng.integers(1, 6)), sentence(30)))
+    names = ["user_id", "item_id", "timestamp", "rating", "review"]
     pd.DataFrame(columns).to_csv(folder / "items.csv", index=False)
-    pd.DataFrame(events, columns=["user_id", "item_id", "timestamp", "rating", "review"]).to_csv(
-        folder / "interactions.csv", index=False
-    )
-    own = {
-        n: dict(a) | ({} if str(a.get("source", "")).startswith("train:") else {"source": n})
-        for n, a in schema.items()
-    }
+    pd.DataFrame(events, columns=names).to_csv(folder / "interactions.csv", index=False)
+    own_schema = {}
+    for name, a in schema.items():
+        computed = str(a.get("source", "")).startswith("train:")
+        own_schema[name] = dict(a) if computed else dict(a) | {"source": name}
     return SetSpec.from_params(
         "four",
         {
             "format": "table",
             "source": str(folder),
             "files": "items",
-            "schema": own,
+            "schema": own_schema,
             "k_core_users": 1,
             "k_core_items": 1,
             "synthetic": True,
@@ -123,335 +103,157 @@ def four_items(
     )
 
 
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-008
-def operations_of(fn: Callable[[], object]) -> int:
-    "Floating-point operations of a call, with attention as products that torch can see."
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused layer is one call, whose inside is not counted
-    try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):
-            fn()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops()
-
-
-def forward_and_train(
-    fn: Callable[[], Tensor],
-) -> tuple[int, float]:  # operations of the forward pass; how many times as much with the backward pass
-    "What a part costs."
-    once = operations_of(fn)
-    return once, operations_of(lambda: fn().float().sum().backward()) / once
-
-
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-010
-def tower_units(encode: Mapping, schema) -> tuple[dict, dict]:  # operations a token and a picture; parameters
-    "Count the frozen towers."
-    found = towers(encode, schema)
-    text, picture = " ".join(WORDS), Image.new("RGB", (64, 64))
-    ids = torch.tensor([found["text"].tokens([text])[0]], device=found["text"].model.device)
-    with torch.no_grad():
-        units = {"text_token": operations_of(lambda: found["text"].model(input_ids=ids)) / ids.shape[1]}
-    params = {"text tower": sum(p.numel() for p in found["text"].model.parameters())}
-    if "image" in found:
-        tower, prepared = found["image"].parts
-        with torch.no_grad():
-            units["picture"] = operations_of(
-                lambda: tower(prepared(picture)[None].to(next(tower.parameters())))
-            )
-        params["picture tower"] = sum(p.numel() for p in tower.parameters())
-    return units, params
-
-
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-011
-def model_units(model: UniRec, batch: Mapping[str, Tensor]) -> dict:
-    "Count one item, one position and one token of the LLM, and what training each costs."
-    every = torch.arange(len(model.catalogue))
-    items, train_items = forward_and_train(lambda: model.items.embed(model.items(model.catalogue, every)))
-    with torch.no_grad():
-        history = model.items(model.catalogue)[batch["items"]]
-    history.requires_grad_()
-    users, train_users = forward_and_train(lambda: model.users(model.catalogue, history, batch))
-    with torch.no_grad():
-        told = model.users(model.catalogue, history, batch)
-    told.requires_grad_()
-    llm, train_llm = forward_and_train(lambda: model.llm(history, told, batch["present"], batch["positions"]))
-    model.zero_grad(set_to_none=True)
-    return {
-        "item": items / len(every),
-        "position": users / batch["positions"].numel(),
-        "llm_token": llm / computed_tokens(model, batch),
-        "train_items": train_items,
-        "train_users": train_users,
-        "train_llm": train_llm,
-        "each": model.llm.each,
-        "constant": len(model.llm.prompt),
-        "branch": batch_branch(model),
-    }
-
-
-def batch_branch(model: UniRec) -> int:
-    "Tokens behind the history for every position: user tokens and the question."
-    return model.config.user_tokens + len(model.llm.ending)
-
-
-def computed_tokens(model: UniRec, batch: Mapping[str, Tensor]) -> int:
-    "Tokens that the LLM computes for a batch, padding included."
-    b, t = batch["items"].shape
-    return b * (
-        len(model.llm.prompt) + t * model.llm.each + batch["positions"].shape[1] * batch_branch(model)
-    )
-
-
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-013
-def counted_step(model: UniRec, batch: dict, loss: LossConfig, units: Mapping) -> dict:
-    "Operations of one training step: counted as a whole, and from the units."
-    encoded = []
-    hook = model.items.register_forward_hook(lambda m, given, out: encoded.append(len(out)))
-    try:
-        counted = operations_of(lambda: step_loss(model.train(), batch, loss)["loss"].backward())
-    finally:
-        hook.remove()
-    model.zero_grad(set_to_none=True)
-    parts = (
-        sum(encoded) * units["item"] * units["train_items"]
-        + batch["positions"].numel() * units["position"] * units["train_users"]
-        + (
-            computed_tokens(model, batch) * units["llm_token"] * units["train_llm"]
-            if model.llm is not None
-            else 0
-        )
-    )
-    return {
-        "items": sum(encoded),
-        "positions": int((batch["positions"] >= 0).sum()),
-        "tokens": int(model.count_tokens(batch)),
-        "counted": counted,
-        "from_units": parts,
-    }
-
-
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-015
-def run_flops(
-    units: Mapping,
-    params: Mapping,  # of a profile
-    sizes: Mapping,  # users, items, events, item_text, review_text
-    models: int = 2,
-) -> dict[str, float]:  # stage -> operations
-    "What a run on one data set would take."
-    users, n, model = sizes["users"], sizes["items"], params["model"]
-    # of a user in train: all events but the first, and but those of valid and test
-    targets = max(1.0, sizes["events"] / users - 3)
-    windows = users * (1 + (targets - 1) / model["history"])  # cut at a random place
-    # events of a window; of a history that is judged
-    length, shown = min(model["history"], targets * users / windows), min(model["history"], targets + 1)
-    out = {
-        "embed": (
-            (n * sizes["item_text"] + (sizes["events"] - users) * sizes["review_text"]) * units["text_token"]
-            + n * units.get("picture", 0)
-        )
-    }
-    for stage in ("pretrain", "finetune"):
-        p = params[stage]
-        size, positions, loss = p["batch"]["size"], min(p["batch"]["positions"], length), p["loss"]
-        steps = max(math.ceil(windows / size), p["batch"]["steps"])
-        if p["batch"].get("most"):
-            steps = min(steps, p["batch"]["most"])
-        full = loss["softmax"] == "full" or loss["softmax"] == "auto" and n <= loss["full_catalogue"]
-        encoded = n if full else min(n, loss["negatives"] + size * positions + size * length)
-        if loss["contrast"]:
-            encoded += min(loss["items"], encoded if loss["positives"] == "views" else size * (length - 1))
-
-        # tokens of so many queries
-        def read(queries, each, long):
-            return queries / each * (units["constant"] + long * units["each"]) + queries * units["branch"]
-
-        step = (
-            encoded * units["item"] * units["train_items"]
-            + size * positions * units["position"] * units["train_users"]
-        )
-        judged = n * units["item"] + users * units["position"]
-        if stage == "finetune":
-            step, judged = (
-                step + read(size * positions, positions, length) * units["llm_token"] * units["train_llm"],
-                judged + read(users, 1, shown) * units["llm_token"],
-            )
-        epochs = p["epochs"] if "epochs" in p else p["fit"]["epochs"]
-        out[stage] = models * epochs * (steps * step + judged)
-    return out | {"evaluate": models * 2 * judged}  # the ranking, and the LLM's share
-
-
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-017
+# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-009
 @contextmanager
 def cached_in(folder: Path) -> Iterator[None]:
-    "Converted weights go into this folder: random ones are not kept among the real."
+    "Converted weights go into this folder."
     before = os.environ.get("UNIREC_CACHE")
     os.environ["UNIREC_CACHE"] = str(folder)
     try:
         yield
     finally:
-        os.environ.pop("UNIREC_CACHE") if before is None else os.environ.update(UNIREC_CACHE=before)
+        if before is None:
+            del os.environ["UNIREC_CACHE"]
+        else:
+            os.environ["UNIREC_CACHE"] = before
 
 
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-018
-STEPS = 2
+STEPS = 2  # of each training
 
 
 def dry_params(profile: Profile) -> dict:
     "A profile's parameters for two steps of two histories."
-    small = {
-        f"{s}.{k}": v
-        for s in ("pretrain", "finetune")
-        for k, v in {
-            "batch": {
-                "size": 2,
-                "positions": profile.params[s]["batch"]["positions"],
-                "steps": STEPS,
-                "most": STEPS,
-            },
-            "fit.accumulate": 1,
-            "fit.save_every": 0,
-            "fit.patience": 1,
-        }.items()
-    }
     params = deepcopy(profile.params)
-    for s in ("pretrain", "finetune"):
-        params[s]["batch"].setdefault("most", 0)
-    return merged_strictly(
-        params,
-        nested(
-            small
-            | {
-                "pretrain.fit.epochs": 1,
-                "finetune.epochs": 1,
-                "encode.token_budget": 4096,
-                "encode.cache": None,
-            }
-        ),
-    )
+    changes = {"pretrain.fit.epochs": 1, "finetune.epochs": 1}
+    changes |= {"encode.token_budget": 4096, "encode.cache": None}
+    for stage in ("pretrain", "finetune"):
+        batch = params[stage]["batch"]
+        batch.setdefault("most", 0)
+        small = {"size": 2, "positions": batch["positions"], "steps": STEPS, "most": STEPS}
+        changes[f"{stage}.batch"] = small
+        changes |= {
+            f"{stage}.fit.{name}": n for name, n in (("accumulate", 1), ("save_every", 0), ("patience", 1))
+        }
+    return merged_strictly(params, nested(changes))
 
 
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-019
-def two_steps(data: Data, params: Mapping, folder: Path, say: Callable[[str], None]) -> dict:
+def two_steps(data: Data, params: Mapping, folder: Path, log: Callable[[str], None]) -> dict:
     "Pretrain and fine-tune two steps each, by the functions of the stages; returns losses, seconds and the peak of memory."
+    models = ("unirec",)
+    stages = {
+        "pretrain": lambda: pretrain(data, params, folder / "pretrain", models=models),
+        "finetune": lambda: finetune(data, params, folder / "pretrain", folder / "finetune", models=models),
+    }
     out = {}
-    for stage, go in (
-        ("pretrain", lambda: pretrain(data, params, folder / "pretrain", models=("unirec",))),
-        (
-            "finetune",
-            lambda: finetune(data, params, folder / "pretrain", folder / "finetune", models=("unirec",)),
-        ),
-    ):
+    for stage, train in stages.items():
         start = time.perf_counter()
-        row = go()["unirec"][-1]
+        row = train()["unirec"][-1]
+        peak = peak_memory_mb()
         out[stage] = {
             "steps": STEPS,
             "loss": row["loss"],
             "seconds_a_step": row["seconds"] / STEPS,
             "seconds": time.perf_counter() - start,
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": peak,
         }
-        say(
+        log(
             f"{stage}: {STEPS} steps, loss {row['loss']:.3f}, {row['seconds'] / STEPS:.1f} s a step, peak so"
-            f" far {out[stage]['peak_memory_mb']:.0f} MB"
+            f" far {peak:.0f} MB"
         )
     return out
 
 
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-020
 def examine(data: Data, params: Mapping, checkpoint: Path) -> dict:
     "Parameters, units, and a whole step of stage 2."
-    model = UniRec(data.catalogue, EncoderConfig(**params["model"]), LLMConfig(**params["llm"])).restore(
-        checkpoint
+    config, llm_config = EncoderConfig(**params["model"]), LLMConfig(**params["llm"])
+    model = UniRec(data.catalogue, config, llm_config).restore(checkpoint)
+    shape = params["finetune"]["batch"]
+    batches = training_batches(
+        data.train, Events.of(data.train), model.config.history, shape["positions"], shape["size"], 0, 0
     )
-    own = params["finetune"]["batch"]
-    batch = training_batches(
-        data.train, Events.of(data.train), model.config.history, own["positions"], own["size"], 0, 0
-    )[0]
-
-    def count(m, trained=False):
-        return sum(p.numel() for p in m.parameters() if p.requires_grad or not trained)
-
+    batch = batches[0]
     units = model_units(model.eval(), batch)
-    encoder = count(model.items) + count(model.users)
+    encoder = count_parameters(model.items) + count_parameters(model.users)
+    llm, body = model.llm, model.llm.body
     parameters = {
-        "item level": count(model.items),
-        "user level": count(model.users),
-        "LLM, frozen": count(model.llm.body) - count(model.llm.body, True),
-        "LoRA": count(model.llm.body, True),
-        "LLM, projections": count(model.llm) - count(model.llm.body),
+        "item level": count_parameters(model.items),
+        "user level": count_parameters(model.users),
+        "LLM, frozen": count_parameters(body) - count_parameters(body, trained=True),
+        "LoRA": count_parameters(body, trained=True),
+        "LLM, projections": count_parameters(llm) - count_parameters(body),
     }
-    step = counted_step(model, batch, LossConfig(**params["finetune"]["loss"]), units)
     return {
         "parameters": parameters,
-        "trainable": {"pretrain": encoder, "finetune": count(model, True)},
+        "trainable": {"pretrain": encoder, "finetune": count_parameters(model, trained=True)},
         "units": units,
-        "step": step,
+        "step": counted_step(model, batch, LossConfig(**params["finetune"]["loss"]), units),
     }
 
 
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-022
+# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-011
 # of a profile's `sizes`
-SIZES = {
+_SIZES = {
     "set": "text",
     "source": "text",
     **dict.fromkeys(("users", "items", "events", "item_text", "review_text"), "number"),
 }
-PEAK = {"tflops": "number", "gb": "number", "source": "text"}  # of a GPU in gpus.yaml
+_PEAK = {"tflops": "number", "gb": "number", "source": "text"}  # of a GPU in gpus.yaml
 
 
-def look_before(
+def check_inputs(
     profile: Profile,
     peaks: Path,  # profiles/gpus.yaml
-    tokenizer: Path | None,
+    tokenizer: Path | None,  # a folder
 ) -> dict:  # name of a GPU -> tflops, gb, source
     "The GPUs that times are given for; raises ValueError or FileNotFoundError for what a dry run cannot use."
-    if tokenizer and not any((tokenizer / n).is_file() for n in ("tokenizer.json", "vocab.json")):
+    if tokenizer and not any((tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(
             f"--tokenizer {tokenizer}: there is no tokenizer.json and no vocab.json; expected a folder with a"
             " tokenizer"
         )
-    where, found = f"profiles/{profile.name}.yaml", read_yaml(peaks)
+    where = f"profiles/{profile.name}.yaml"
+    gpus = read_yaml(peaks)
     check_fields(profile.models, dict.fromkeys(("text", "image", "llm"), "mapping"), f"{where}: models")
-    check_fields(profile.sizes, SIZES, f"{where}: sizes")
-    for name, one in found.items():
-        check_fields(one, PEAK, f"{peaks}: {name}")
-        if not one["tflops"] > 0:
-            raise ValueError(f"{peaks}: {name}: tflops is {one['tflops']}, expected more than 0")
-    return found
+    check_fields(profile.sizes, _SIZES, f"{where}: sizes")
+    for name, gpu in gpus.items():
+        check_fields(gpu, _PEAK, f"{peaks}: {name}")
+        if not gpu["tflops"] > 0:
+            raise ValueError(f"{peaks}: {name}: tflops is {gpu['tflops']}, expected more than 0")
+    return gpus
 
 
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-023
 def dry_run(
     profile: Profile,
     root: Path,  # the project's folder
     scratch: Path,  # an empty folder; a few GB for true shapes
     sizes: Mapping | None = None,  # instead of the profile's
-    tokenizer: Path | None = None,  # a folder with Qwen3's own; None: a stand-in
-    say: Callable[[str], None] = print,
+    tokenizer: Path | None = None,  # a folder with Qwen3's own; None: one is trained here
+    log: Callable[[str], None] = print,
 ) -> dict:
     "Build a profile's models with random weights, encode four items, take two steps of each training, and say what a whole run would take."
-    peaks = look_before(profile, root / "profiles" / "gpus.yaml", tokenizer)
+    gpus = check_inputs(profile, root / "profiles" / "gpus.yaml", tokenizer)
     params, sizes = dry_params(profile), dict(profile.sizes) | dict(sizes or {})
     schema = params["sets"][params["datasets"][0]]["schema"]
     start = time.perf_counter()
-    made = stand_ins(
-        profile.models, scratch / "weights", (root / "params.yaml").read_text().splitlines(), tokenizer
+    texts = (root / "params.yaml").read_text().splitlines()
+    params = merged_strictly(
+        params, nested(random_models(profile.models, scratch / "weights", texts, tokenizer))
     )
-    say(f"three models with RANDOM weights, {time.perf_counter() - start:.0f} s")
-    params, at = merged_strictly(params, nested(made)), lambda name: scratch / name / "four"
-    spec = four_items(scratch / "shop", schema, params["model"]["history"])
-    download(spec, at("data"))
-    prepare(at("data"), spec, at("prepared"), 0, params["seed"])
+    log(f"three models with RANDOM weights, {time.perf_counter() - start:.0f} s")
+    raw, prepared, store = (scratch / name / "four" for name in ("data", "prepared", "embeddings"))
+    spec = write_four_items(scratch / "shop", schema, params["model"]["history"])
+    download(spec, raw)
+    prepare(raw, spec, prepared, 0, params["seed"])
     with cached_in(scratch / "cache"):
-        towers_of, parameters = tower_units(params["encode"], spec.schema)
-        embed(at("prepared"), at("data"), spec, params["encode"], at("embeddings"))
-        say(f"four items encoded, peak so far {peak_memory_mb():.0f} MB")
-        data = load(at("prepared"), at("embeddings"), spec)
-        trained = two_steps(data, params, scratch / "models", say)
-        seen = examine(data, params, scratch / "models" / "finetune" / "unirec.safetensors")
-    seen["parameters"], seen["units"] = parameters | seen["parameters"], towers_of | seen["units"]
-    flops = run_flops(seen["units"], profile.params, sizes)
+        units, parameters = tower_units(params["encode"], spec.schema, " ".join(WORDS))
+        embed(prepared, raw, spec, params["encode"], store)
+        log(f"four items encoded, peak so far {peak_memory_mb():.0f} MB")
+        data = load(prepared, store, spec)
+        trained = two_steps(data, params, scratch / "models", log)
+        model = examine(data, params, scratch / "models" / "finetune" / "unirec.safetensors")
+    model["parameters"] = parameters | model["parameters"]
+    model["units"] = units | model["units"]
+    flops = run_flops(model["units"], profile.params, sizes)
     total = sum(flops.values())
     return {
         "profile": profile.name,
@@ -461,42 +263,33 @@ def dry_run(
         "machine": {"cores": torch.get_num_threads(), "bf16": this_machine(scratch).bf16},
         "seconds": time.perf_counter() - start,
         "peak_memory_mb": peak_memory_mb(),
-        **seen,
+        **model,
         "two_steps": trained,
         "sizes": sizes,
         "run": {"stages": flops, "flops": total},
-        "hours": {name: hours(total, p["tflops"]) for name, p in peaks.items()},
+        "hours": {name: hours(total, gpu["tflops"]) for name, gpu in gpus.items()},
     }
 
 
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-024
+# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-012
 def dry_run_text(
     result: Mapping,  # of `dry_run`
 ) -> str:
     "A dry run's result, to read."
-    rows = [f"{n:<24}{v:>15,}" for n, v in result["parameters"].items()]
-    rows += [f"{'trained, ' + s:<24}{v:>15,}" for s, v in result["trainable"].items()]
-    step, s = result["step"], result["sizes"]
-    return "\n".join(
-        [
-            "parameters (random weights)",
-            *("  " + r for r in rows),
-            (
-                f"peak memory               {result['peak_memory_mb'] / 1024:.1f} GB here,"
-                f" {result['seconds'] / 60:.1f} minutes"
-            ),
-            f"tokens a step             {step['tokens']} for {step['positions']} queries (two histories)",
-            (
-                f"operations of that step   {step['counted']:.3g} counted,"
-                f" {step['from_units'] / step['counted']:.3f} of it from the units"
-            ),
-            (
-                f"a run on {s['set']} ({s['users']:,} users, {s['items']:,} items, {s['events']:,} events;"
-                f" {s['source']})"
-            ),
-            *(f"  {n:<22}{v:>10.3g} operations" for n, v in result["run"]["stages"].items()),
-            f"  together              {result['run']['flops']:.3g}",
-            "at 45% of the peak",
-            *(f"  {n:<22}{h:>10.2f} hours" for n, h in result["hours"].items()),
-        ]
-    )
+    step, s, run = result["step"], result["sizes"], result["run"]
+    lines = ["parameters (random weights)"]
+    lines += [f"  {name:<24}{n:>15,}" for name, n in result["parameters"].items()]
+    lines += [f"  {'trained, ' + stage:<24}{n:>15,}" for stage, n in result["trainable"].items()]
+    lines += [
+        f"peak memory               {result['peak_memory_mb'] / 1024:.1f} GB here,"
+        f" {result['seconds'] / 60:.1f} minutes",
+        f"tokens a step             {step['tokens']} for {step['positions']} queries (two histories)",
+        f"operations of that step   {step['counted']:.3g} counted,"
+        f" {step['from_units'] / step['counted']:.3f} of it from the units",
+        f"a run on {s['set']} ({s['users']:,} users, {s['items']:,} items, {s['events']:,} events;"
+        f" {s['source']})",
+    ]
+    lines += [f"  {stage:<22}{n:>10.3g} operations" for stage, n in run["stages"].items()]
+    lines += [f"  together              {run['flops']:.3g}", "at 45% of the peak"]
+    lines += [f"  {name:<22}{h:>10.2f} hours" for name, h in result["hours"].items()]
+    return "\n".join(lines)

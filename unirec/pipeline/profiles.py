@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = [
-    "FIELDS",
+    "PROFILE_FIELDS",
     "NEEDS",
-    "LINE",
-    "USED",
+    "MEMORY_LINE",
     "Profile",
     "check_fields",
     "profile_file",
     "read_profile",
-    "put",
-    "launched",
-    "workspace",
-    "with_weights",
-    "warning",
+    "with_processes",
+    "make_workspace",
+    "with_models",
+    "profile_warning",
     "run_profile",
 ]
 
@@ -29,15 +27,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.device import Machine, this_machine
+from ..core.device import Machine, hours, measured_tflops, this_machine
 from ..core.params import kind, merged_strictly, nested, read_params, read_yaml, write_params
 from ..data.jsonl import field_at
+from ..encoders.openclip import tagged
+from ..encoders.weights import fetch
 from .project import check_profile_name, profile_names
-from .random_weights import stand_ins
+from .random_weights import random_models
 
 # %% ../../nbs/pipeline/05_profiles.ipynb #cell-006
 # field -> kind
-FIELDS = {
+PROFILE_FIELDS = {
     "title": "text",
     "params": "mapping",
     "memory": "list",
@@ -46,21 +46,15 @@ FIELDS = {
     "sizes": "mapping",
     "needs": "mapping",
 }
-# of `needs`, and of a line of `memory`
-NEEDS, LINE = {"gpu_gb": "number", "disk_gb": "number", "network": "flag"}, {"gb": "number", "set": "mapping"}
+NEEDS = {"gpu_gb": "number", "disk_gb": "number", "network": "flag"}
+MEMORY_LINE = {"gb": "number", "set": "mapping"}  # of `memory`
+_STAGE_PARAMS = [
+    f"{stage}.{name}"
+    for stage in ("pretrain", "finetune")
+    for name in ("batch.size", "fit.accumulate", "fit.precision")
+]
 # of params.yaml, by whoever reads a profile
-USED = (
-    "data",
-    "sets",
-    "encode.text",
-    "encode.image",
-    "llm.uri",
-    *(
-        f"{s}.{n}"
-        for s in ("pretrain", "finetune")
-        for n in ("batch.size", "fit.accumulate", "fit.precision")
-    ),
-)
+_USED_PARAMS = ["data", "sets", "encode.text", "encode.image", "llm.uri", *_STAGE_PARAMS]
 
 
 @dataclass
@@ -77,82 +71,108 @@ class Profile:
     needs: dict  # gpu_gb (0: none), disk_gb, network
 
     def fitted(self, machine: Machine) -> dict:
-        "The parameters for a machine: the first line of `memory` that fits."
-        line = next((line for line in self.memory if machine.memory_gb >= line["gb"]), None)
-        if line is None:
+        "The parameters for a machine: those of the first line of `memory` that fits; raises ValueError where none does."
+        where = f"profiles/{self.name}.yaml"
+        for line in self.memory:
+            if machine.memory_gb >= line["gb"]:
+                return merged_strictly(self.params, nested(line["set"]), f"{where}, memory")
+        raise ValueError(
+            f"{where}: memory has no line for {machine.memory_gb:.0f} GB, expected a last one with gb: 0"
+        )
+
+
+def check_fields(
+    values: object,
+    wanted: Mapping[str, str],  # name -> kind
+    where: str,  # what the message begins with
+    whole: bool = True,  # has every name to be there?
+) -> None:
+    "Raise ValueError that names a field which is unknown, missing or of another kind."
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{where} is a {kind(values)} ({values!r}), expected a mapping with {', '.join(wanted)}"
+        )
+    unknown = [str(name) for name in values if name not in wanted]
+    if unknown:
+        raise ValueError(f"{where}: {', '.join(unknown)} is not a field, expected {', '.join(wanted)}")
+    for name, expected in wanted.items():
+        if name not in values:
+            if whole:
+                raise ValueError(f"{where}: {name} is missing")
+        elif kind(values[name]) != expected:
             raise ValueError(
-                f"profiles/{self.name}.yaml: memory has no line for {machine.memory_gb:.0f} GB, expected a"
-                " last one with gb: 0"
+                f"{where}: {name} is a {kind(values[name])} ({values[name]!r}), expected a {expected}"
             )
-        return merged_strictly(self.params, nested(line["set"]), f"profiles/{self.name}.yaml, memory")
 
 
 # %% ../../nbs/pipeline/05_profiles.ipynb #cell-007
-def check_fields(
-    told: Mapping,
-    wanted: Mapping[str, str],  # name -> kind
-    where: str,
-    whole: bool = True,
-) -> None:  # whole: has every name to be there?
-    "Raise ValueError that names a field which is unknown, missing or of another kind."
-    if kind(told) != "mapping":
-        raise ValueError(f"{where} is a {kind(told)} ({told!r}), expected a mapping with {', '.join(wanted)}")
-    if unknown := [str(n) for n in told if n not in wanted]:
-        raise ValueError(f"{where}: {', '.join(unknown)} is not a field, expected {', '.join(wanted)}")
-    for n, k in wanted.items():
-        if n not in told and whole:
-            raise ValueError(f"{where}: {n} is missing")
-        if n in told and kind(told[n]) != k:
-            raise ValueError(f"{where}: {n} is a {kind(told[n])} ({told[n]!r}), expected a {k}")
-
-
 def profile_file(name: str, root: Path) -> dict:
-    "What one profile's file says, without its base; raises ValueError that names file and field."
-    where, told = f"profiles/{name}.yaml", read_yaml(root / "profiles" / f"{name}.yaml")
-    told = {k: {} if v is None and k == "params" else v for k, v in told.items()}
-    check_fields(told, FIELDS | {"base": "text"}, where, whole=False)
-    if "needs" in told:
-        check_fields(told["needs"], NEEDS, f"{where}: needs")
-    for i, line in enumerate(told.get("memory", []), 1):
-        check_fields(line, LINE, f"{where}: memory, line {i}")
-    return told
+    "The content of one profile's file, without its base; raises ValueError that names file and field."
+    where = f"profiles/{name}.yaml"
+    content = read_yaml(root / "profiles" / f"{name}.yaml")
+    if "params" in content and content["params"] is None:
+        content["params"] = {}
+    check_fields(content, PROFILE_FIELDS | {"base": "text"}, where, whole=False)
+    if "needs" in content:
+        check_fields(content["needs"], NEEDS, f"{where}: needs")
+    for i, line in enumerate(content.get("memory", []), 1):
+        check_fields(line, MEMORY_LINE, f"{where}: memory, line {i}")
+    return content
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-008
+def _with_bases(name: str, root: Path) -> dict[str, dict]:  # name -> content, the lowest base first
+    "A profile's file and those that it is based on; raises ValueError for a base that is unknown or leads back."
+    known, chain = profile_names(root), {}
+    current, above = name, name
+    while current:
+        if current in chain:
+            raise ValueError(f"profiles/{name}.yaml: base {current!r} leads back to itself")
+        if current not in known:
+            raise ValueError(f"profiles/{above}.yaml: base {current!r}, expected one of {', '.join(known)}")
+        chain[current] = profile_file(current, root)
+        above, current = current, chain[current].get("base")
+    return dict(reversed(chain.items()))
+
+
+def _check_datasets(name: str, params: Mapping) -> None:
+    "Raise ValueError where `datasets` are not some of the sets that have a source."
+    sets = params["sets"] if kind(params["sets"]) == "mapping" else {}
+    sets = {str(known): block for known, block in sets.items()}
+    datasets = params.get("datasets")
+    wanted = datasets if isinstance(datasets, list) else []
+    if not wanted or any(field_at(sets.get(str(d)), "source") is None for d in wanted):
+        raise ValueError(
+            f"profiles/{name}.yaml: params.datasets is {datasets!r}, expected some of the sets of params.yaml"
+            f" that have a source: {', '.join(sets)}"
+        )
+
+
 def read_profile(
     name: str,
     root: Path,  # the project's folder
 ) -> Profile:
     "A profile with all that it is based on; raises ValueError that says what is wrong with its file."
     check_profile_name(name, root)
-    known, chain, todo = profile_names(root), [], name
-    while todo:
-        chain.insert(0, (todo, told := profile_file(todo, root)))
-        above, todo = todo, told.get("base")
-        if todo in [n for n, _ in chain]:
-            raise ValueError(f"profiles/{name}.yaml: base {todo!r} leads back to itself")
-        if todo and todo not in known:
-            raise ValueError(f"profiles/{above}.yaml: base {todo!r}, expected one of {', '.join(known)}")
-    params = read_params(root)
-    for n, told in chain:
-        params = merged_strictly(params, told.get("params", {}), f"profiles/{n}.yaml")
-    whole = {k: v for _, told in chain for k, v in told.items() if k not in ("base", "params")}
-    if missing := [f for f in FIELDS if f != "params" and f not in whole]:
-        raise ValueError(f"profiles/{name}.yaml: {missing[0]} is missing")
-    if missing := [n for n in USED if field_at(params, n) is None]:
-        raise ValueError(f"{root / 'params.yaml'}: {missing[0]} is missing")
-    sets = {str(n): block for n, block in params["sets"].items()} if kind(params["sets"]) == "mapping" else {}
-    asked = params.get("datasets") if kind(params.get("datasets")) == "list" else []
-    if not asked or any(field_at(sets.get(str(d)), "source") is None for d in asked):
-        raise ValueError(
-            f"profiles/{name}.yaml: params.datasets is {params.get('datasets')!r}, expected some of the sets"
-            f" of params.yaml that have a source: {', '.join(sets)}"
-        )
-    return Profile(name, params=params, **whole)
+    chain = _with_bases(name, root)
+    params, fields = read_params(root), {}
+    for base, content in chain.items():
+        params = merged_strictly(params, content.get("params", {}), f"profiles/{base}.yaml")
+        fields |= {k: v for k, v in content.items() if k not in ("base", "params")}
+    for field in PROFILE_FIELDS:
+        if field != "params" and field not in fields:
+            raise ValueError(f"profiles/{name}.yaml: {field} is missing")
+    for used in _USED_PARAMS:
+        if field_at(params, used) is None:
+            raise ValueError(f"{root / 'params.yaml'}: {used} is missing")
+    _check_datasets(name, params)
+    return Profile(name, params=params, **fields)
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-013
-def put(path: Path, data: bytes) -> None:
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-012
+_SHARED_STAGES = ("embed", "pretrain", "finetune")
+
+
+def _write_if_changed(path: Path, data: bytes) -> None:
     "Write a file whose content is another."
     if path.is_file() and path.read_bytes() == data:
         return
@@ -160,7 +180,7 @@ def put(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def launched(
+def with_processes(
     dvc: str,  # the text of dvc.yaml
     processes: int,  # that share the stages which can be shared
 ) -> str:
@@ -168,49 +188,52 @@ def launched(
     if processes == 1:
         return dvc
     command = f"torchrun --standalone --nproc_per_node {processes} -m unirec.cli stage"
-    for stage in ("embed", "pretrain", "finetune"):
+    for stage in _SHARED_STAGES:
         dvc = dvc.replace(f"python -m unirec.cli stage {stage}", f"{command} {stage}")
     return dvc
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-014
-def workspace(
+def make_workspace(
     root: Path,  # the project's folder
     folder: Path,  # where the stages will run
     params: Mapping,
     processes: int = 1,
 ) -> None:
     "Make a folder in which `dvc repro` runs the seven stages with these parameters, or bring it up to date."
-    for source in (
-        *sorted(p for p in (root / "unirec").rglob("*") if "__pycache__" not in p.parts),
+    sources = [
+        *sorted((root / "unirec").rglob("*.py")),
         *sorted((root / "nbs" / "stages").glob("*.ipynb")),
         *sorted((root / ".dvc").glob("plots*")),
         *sorted((root / ".dvc" / "plots").glob("*")),
-    ):
+    ]
+    for source in sources:
         if source.is_file():
-            put(folder / source.relative_to(root), source.read_bytes())
-    for name in ("unirec", "nbs/stages"):  # what the project has no more
-        for old in (p for p in (folder / name).rglob("*") if p.is_file()):
-            if not (root / old.relative_to(folder)).exists():
-                old.unlink()
-    put(folder / "dvc.yaml", launched((root / "dvc.yaml").read_text(), processes).encode())
+            _write_if_changed(folder / source.relative_to(root), source.read_bytes())
+    # what the project has no more
+    for name in ("unirec", "nbs/stages"):
+        for path in list((folder / name).rglob("*")):
+            if path.is_file() and not (root / path.relative_to(folder)).exists():
+                path.unlink()
+    dvc = with_processes((root / "dvc.yaml").read_text(), processes)
+    _write_if_changed(folder / "dvc.yaml", dvc.encode())
     write_params(folder, params)
-    put(folder / ".dvc" / "config", (root / ".dvc" / "config").read_bytes())
+    _write_if_changed(folder / ".dvc" / "config", (root / ".dvc" / "config").read_bytes())
     if not (folder / "data.dvc").exists():
-        put(folder / "data.dvc", b"deps:\n- path: downloads\nouts:\n- path: data\n")
+        _write_if_changed(folder / "data.dvc", b"deps:\n- path: downloads\nouts:\n- path: data\n")
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-017
-def with_weights(
-    profile: Profile, params: Mapping, folder: Path, texts: Sequence[str]
-) -> dict:  # parameters; texts are what stand-in tokenizers are trained on
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-015
+def with_models(
+    profile: Profile,
+    params: Mapping,
+    folder: Path,  # the workspace
+    texts: Sequence[str],  # what the tokenizers of random models are trained on
+) -> dict:
     "Parameters whose models are there; raises FileNotFoundError that says what to do where one is not."
     if profile.random_weights:
-        made = stand_ins(profile.models, folder / "weights", texts)
-        return merged_strictly(params, nested({k: str(Path(v).relative_to(folder)) for k, v in made.items()}))
-    from unirec.encoders.openclip import tagged
-    from unirec.encoders.weights import fetch
-
+        models = random_models(profile.models, folder / "weights", texts)
+        changes = {name: str(Path(path).relative_to(folder)) for name, path in models.items()}
+        return merged_strictly(params, nested(changes))
     fetch(params["encode"]["text"])
     if params["encode"]["image"].startswith("open_clip:"):
         tagged(params["encode"]["image"])
@@ -219,35 +242,33 @@ def with_weights(
     uri = params["llm"]["uri"]
     if not uri.startswith("hub:"):
         return dict(params)
-    found = fetch(uri)
-    link = folder / "weights" / f"llm-{found.revision}"
+    weights = fetch(uri)
+    link = folder / "weights" / f"llm-{weights.revision}"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
-        link.symlink_to(found.path.resolve(), target_is_directory=True)
+        link.symlink_to(weights.path.resolve(), target_is_directory=True)
     return merged_strictly(params, nested({"llm.uri": str(link.relative_to(folder))}))
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-024
-def warning(
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-022
+def profile_warning(
     profile: Profile,
     machine: Machine,
     dry_run: Path,  # profiles/dry_run.json
-    tflops: float | None = None,
-) -> str:  # of the processor; None: measured now
-    "What to know before a profile runs on a machine; empty: nothing."
+    tflops: float | None = None,  # of the processor; None: measured now
+) -> str:  # empty: nothing
+    "What to know before a profile runs on a machine."
     if profile.random_weights:
         return (
             f"{profile.name}: the weights are RANDOM; this shows that the stages run, and its figures mean"
             " nothing."
         )
     if machine.device != "cpu":
+        if machine.bf16:
+            return ""
         return (
-            ""
-            if machine.bf16
-            else (
-                f"{profile.name}: this GPU does not multiply bfloat16 in hardware; float32 is used, which"
-                " takes several times as long and twice the memory."
-            )
+            f"{profile.name}: this GPU does not multiply bfloat16 in hardware; float32 is used, which takes"
+            " several times as long and twice the memory."
         )
     head = f"{profile.name}: WARNING: there is no GPU."
     if not dry_run.exists():
@@ -255,18 +276,16 @@ def warning(
             f"{head} How long it takes without one is not known: run `unirec doctor --profile {profile.name}"
             " --dry-run` first."
         )
-    from unirec.core.device import hours, measured_tflops
-
-    told = json.loads(dry_run.read_text())
-    days = hours(told["run"]["flops"], tflops or measured_tflops(), 1.0) / 24
+    result = json.loads(dry_run.read_text())
+    days = hours(result["run"]["flops"], tflops or measured_tflops(), 1.0) / 24
     return (
-        f"{head} On this processor, one data set of the size of {told['sizes']['set']} would take at least"
+        f"{head} On this processor, one data set of the size of {result['sizes']['set']} would take at least"
         f" {days:.1f} days, if it kept its best speed all the time (it will not). Rent one:"
         " nbs/guides/02_on_your_gpu.ipynb."
     )
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-027
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-025
 def run_profile(
     name: str,
     root: Path,  # the project's folder
@@ -288,10 +307,10 @@ def run_profile(
     def log(text):
         print(text, file=sys.stderr, flush=True)
 
-    if text := warning(profile, machine, root / "profiles" / "dry_run.json"):
+    if text := profile_warning(profile, machine, root / "profiles" / "dry_run.json"):
         log(text)
-    params = with_weights(profile, params, folder, (root / "params.yaml").read_text().splitlines())
-    workspace(root, folder, params, processes)
+    params = with_models(profile, params, folder, (root / "params.yaml").read_text().splitlines())
+    make_workspace(root, folder, params, processes)
     log(f"{name}: {profile.title}; the stages run in {os.path.relpath(folder)}, on {machine.device}")
     if only_make:
         return 0

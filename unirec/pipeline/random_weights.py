@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = [
-    "END",
+    "END_TOKEN",
     "CLIP_PIXELS",
-    "WHERE",
-    "NOTE",
-    "stand_in_tokenizer",
-    "stand_in_qwen3",
-    "stand_in_clip",
-    "stand_ins",
+    "MODEL_PARAMETERS",
+    "NOTE_NAME",
+    "random_tokenizer",
+    "random_qwen3",
+    "random_clip",
+    "random_models",
 ]
 
 # %% ../../nbs/pipeline/04_random_weights.ipynb #cell-003
@@ -24,15 +24,15 @@ import torch
 from safetensors.torch import save_file
 
 # %% ../../nbs/pipeline/04_random_weights.ipynb #cell-006
-END = "<|endoftext|>"  # as Qwen3 calls it
+END_TOKEN = "<|endoftext|>"  # as Qwen3 calls it
 
 
-def stand_in_tokenizer(
+def random_tokenizer(
     folder: Path,  # where it is written
     texts: Iterable[str],  # what it is trained on
     size: int,  # tokens, at most; at least 257
-    ends: bool,
-) -> int:  # does every text end with END? As Qwen3-Embedding; returns how many tokens it has
+    ends: bool,  # does every text end with END_TOKEN, as in Qwen3-Embedding?
+) -> int:  # how many tokens it has
     "Train and write a byte-level BPE tokenizer."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -43,43 +43,45 @@ def stand_in_tokenizer(
         texts,
         trainers.BpeTrainer(
             vocab_size=size,
-            special_tokens=[END],
+            special_tokens=[END_TOKEN],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
     if ends:
         t.post_processor = processors.TemplateProcessing(
-            single=f"$A {END}", special_tokens=[(END, t.token_to_id(END))]
+            single=f"$A {END_TOKEN}", special_tokens=[(END_TOKEN, t.token_to_id(END_TOKEN))]
         )
-    PreTrainedTokenizerFast(tokenizer_object=t, eos_token=END, pad_token=END).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=t, eos_token=END_TOKEN, pad_token=END_TOKEN).save_pretrained(
+        folder
+    )
     return t.get_vocab_size()
 
 
 # %% ../../nbs/pipeline/04_random_weights.ipynb #cell-009
-def stand_in_qwen3(
+def random_qwen3(
     folder: Path,
     config: Mapping,  # as in the model's config.json
     texts: Iterable[str],  # for the tokenizer
-    embedder: bool = False,  # as Qwen3-Embedding: last-token pooling, END behind every text
-    tokenizer: Path | None = None,  # a folder with a real one; None: a stand-in is trained
+    embedder: bool = False,  # as Qwen3-Embedding: last-token pooling, END_TOKEN behind every text
+    tokenizer: Path | None = None,  # a folder with a real one; None: one is trained
     seed: int = 0,
 ) -> None:
     "Write a Qwen3 with random bfloat16 weights; raises ValueError where its vocabulary is smaller than the tokenizer's."
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     shape = Qwen3Config(**config, eos_token_id=None, bos_token_id=None)
-    size = (
-        len(AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
-        if tokenizer
-        else stand_in_tokenizer(folder, texts, min(shape.vocab_size, 4096), embedder)
-    )
+    if tokenizer:
+        real = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        size = len(real)
+    else:
+        real, size = None, random_tokenizer(folder, texts, min(shape.vocab_size, 4096), embedder)
     if size > shape.vocab_size:
         raise ValueError(
             f"{folder.name}: vocab_size is {shape.vocab_size}, but the tokenizer has {size} tokens"
         )
-    if tokenizer:
-        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(folder)
+    if real is not None:
+        real.save_pretrained(folder)
     torch.manual_seed(seed)
     Qwen3ForCausalLM._from_config(shape, dtype=torch.bfloat16).save_pretrained(folder)
     if embedder:
@@ -98,7 +100,7 @@ CLIP_PIXELS = {
 }
 
 
-def stand_in_clip(
+def random_clip(
     folder: Path,
     shape: Mapping,  # {"open_clip": name of a model of open_clip}, or {"config": its numbers}
     seed: int = 0,
@@ -122,42 +124,36 @@ def stand_in_clip(
 
 # %% ../../nbs/pipeline/04_random_weights.ipynb #cell-014
 # model -> the parameter that names it
-WHERE = {"text": "encode.text", "image": "encode.image", "llm": "llm.uri"}
-NOTE = "RANDOM_WEIGHTS.json"
+MODEL_PARAMETERS = {"text": "encode.text", "image": "encode.image", "llm": "llm.uri"}
+NOTE_NAME = "RANDOM_WEIGHTS.json"
 
 
-def stand_ins(
+def random_models(
     models: Mapping,  # text, image, llm -> shape, as in profiles/*.yaml
     folder: Path,  # where the models' folders go
     texts: Iterable[str],  # for the tokenizers
-    tokenizer: Path | None = None,
+    tokenizer: Path | None = None,  # a folder with a real one; None: one is trained
     seed: int = 0,
 ) -> dict[str, str]:  # dotted parameter -> folder, as `folder` is written
     "Write the models that are not there yet."
-    found, texts = {}, list(texts)
-    make = {
-        "text": lambda at: stand_in_qwen3(at, models["text"]["config"], texts, True, tokenizer, seed),
-        "image": lambda at: stand_in_clip(at, models["image"], seed),
-        "llm": lambda at: stand_in_qwen3(at, models["llm"]["config"], texts, False, tokenizer, seed),
-    }
-    for name in models:
-        told = {
+    paths, texts = {}, list(texts)
+    texts_hash = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    for name, shape in models.items():
+        trained_on_texts = name != "image" and not tokenizer
+        note = {
             "random_weights": True,
             "seed": seed,
-            "shape": models[name],
-            "texts": (
-                hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-                if name != "image" and not tokenizer
-                else str(tokenizer)
-            ),
+            "shape": shape,
+            "texts": texts_hash if trained_on_texts else str(tokenizer),
         }
-        at = (
-            folder
-            / f"random-{name}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}"
-        )
-        if not (at / NOTE).exists():
-            at.mkdir(parents=True, exist_ok=True)
-            make[name](at)
-            (at / NOTE).write_text(json.dumps(told, indent=1))
-        found[WHERE[name]] = str(at)
-    return found
+        key = hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()[:12]
+        path = folder / f"random-{name}-{key}"
+        if not (path / NOTE_NAME).exists():
+            path.mkdir(parents=True, exist_ok=True)
+            if name == "image":
+                random_clip(path, shape, seed)
+            else:
+                random_qwen3(path, shape["config"], texts, name == "text", tokenizer, seed)
+            (path / NOTE_NAME).write_text(json.dumps(note, indent=1))
+        paths[MODEL_PARAMETERS[name]] = str(path)
+    return paths

@@ -4,37 +4,18 @@
 
 # %% auto #0
 __all__ = [
-    "DAMAGE",
-    "EVENTS",
-    "TABLES",
     "model_names",
-    "look_into",
-    "opened",
-    "block",
-    "part_of",
-    "dotted",
-    "ran_with",
-    "same_settings",
-    "needed",
-    "in_place",
-    "same_data",
-    "usual_times",
-    "Trained",
-    "said",
-    "places",
-    "listed",
-    "with_new",
-    "restored",
-    "counted",
-    "Answering",
+    "counting_scorer",
+    "restore_model",
+    "typical_times",
+    "TrainedModel",
+    "top_items",
     "Recommender",
 ]
 
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-003
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,27 +23,31 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..baselines.registry import BASELINES, fit_baseline
-from ..core.files import file_sha256
-from ..core.params import read_yaml
 from ..data.histories import Histories
 from ..data.sets import SetSpec
-from ..data.splits import split_hash
-from ..encoders.catalogue import Data, item_vectors, load, one_each
+from ..encoders.catalogue import Data, item_vectors, load
 from ..evaluation.metrics import expected_ranks, history_mask
 from ..evaluation.reasons import attention_shares, item_kinds, nearest_events
 from ..model.events import last_batches
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import MODELS, Scorer, UniRec
+from unirec.pipeline.artefacts import (
+    ALL_STAGES,
+    check_files,
+    check_settings,
+    check_training_data,
+    read_users,
+    settings_block,
+    stage_settings,
+)
 from .cold_start import new_catalogue, same_towers
 from .project import check_name, index_of, project_params
-from .runner import stage_params
 from .stages import towers
 
 
@@ -72,235 +57,51 @@ def model_names() -> list[str]:
     return [*MODELS, *(name for name, b in BASELINES.items() if b.pipeline and not b.drawn)]
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-008
-# what readers raise for a file that is cut
-DAMAGE = (ValueError, TypeError, OSError, EOFError, pa.ArrowException, SafetensorError)
+def counting_scorer(
+    name: str,  # a baseline of `model_names`
+    data: Data,
+    settings: Mapping,  # params.yaml's `baselines`
+) -> Callable:  # (histories, users) -> (B, N) scores
+    "A baseline that counts; raises ValueError that names its settings where they cannot be used."
+    with settings_block(f"baselines.{name}"):
+        return fit_baseline(name, data, settings.get(name) or {})
 
 
-def look_into(path: Path) -> object:
-    "Open a file as what its name says: the content of a JSON mapping, the columns of a table."
-    if path.suffix == ".json":
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    if path.suffix == ".parquet":
-        return pq.read_schema(path).names
-    with safe_open(path, "pt") as tensors:
-        return list(tensors.keys())
-
-
-def opened(path: Path, stage: str, dataset: str, read: Callable = look_into) -> object:
-    "What a reader makes of a file of a stage; raises FileNotFoundError or ValueError that names the file and the stage that writes it."
-    again = (
-        f"the stage {stage} writes it: `make repro`, or `dvc repro {stage}@{dataset}`, with {dataset} under"
-        " `datasets` in params.yaml"
-    )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there yet; {again}")
-    try:
-        return read(path)
-    except DAMAGE as error:
-        raise ValueError(
-            f"{path}: cut or damaged ({' '.join(str(error).split()) or type(error).__name__}); {again}"
-        ) from None
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-011
-@contextmanager
-def block(name: str) -> Iterator[None]:
-    "Settings of which nothing can be made are a ValueError that names their block of params.yaml."
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"params.yaml: {name} cannot be used"
-            f" ({f'{error.args[0]} is missing' if isinstance(error, KeyError) else error})"
-        ) from error
-
-
-def part_of(params: Mapping, stage: str, dataset: str) -> dict:
-    "The settings that a stage depends on; raises ValueError that names what is missing."
-    try:
-        return stage_params(params, stage, dataset)
-    except KeyError as error:
-        raise ValueError(error.args[0]) from None
-
-
-def dotted(settings: object, name: str = "") -> dict:  # dotted name -> value
-    "Nested settings by dotted names."
-    if not isinstance(settings, Mapping) or not settings:
-        return {name: settings}
-    return {
-        n: v
-        for key, inside in settings.items()
-        for n, v in dotted(inside, f"{name}.{key}" if name else str(key)).items()
-    }
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-012
-def ran_with(root: Path, dataset: str, stage: str) -> dict | None:  # dotted name -> value
-    "The settings that a stage ran with, as far as it is recorded."
-    run, lock = root / "reports" / "runs" / dataset / f"run_{stage}.json", root / "dvc.lock"
-    if run.is_file():
-        params = opened(run, stage, dataset).get("params")
-    elif lock.is_file():
-        entry = (read_yaml(lock).get("stages") or {}).get(f"{stage}@{dataset}") or {}
-        files = entry.get("params") or {}
-        block = files.get(f"sets/{dataset}.yaml")
-        params = (files.get("params.yaml") or {}) | ({"sets": {dataset: block}} if block else {})
-    else:
-        params = None
-    return dotted(params) if params else None
-
-
-def same_settings(
-    root: Path,
-    dataset: str,
+def restore_model(
+    data: Data,
     params: Mapping,
-    stages: Sequence[str] = ("prepare", "embed", "pretrain", "finetune"),
-) -> None:
-    "Raise ValueError where a stage ran with other settings than these; names, licences and sizes of batches that change no answer may differ."
-    free = {f"sets.{dataset}.{n}" for n in ("title", "synthetic", "redistributable")} | {
-        "evaluate.negatives",
-        "encode.cache",
-        "encode.token_budget",
-        "pretrain.fit.save_every",
-        "finetune.fit.save_every",
-    }
-    for stage in stages:
-        if (was := ran_with(root, dataset, stage)) is None:
-            continue
-        now = dotted(json.loads(json.dumps(part_of(params, stage, dataset), default=str)))
-        told = [
-            f"{n}: {was.get(n, 'not set')}, now {now.get(n, 'not set')}"
-            for n in {**was, **now}
-            if n not in free and (n in was, was.get(n)) != (n in now, now.get(n))
-        ]
-        if not told:
-            continue
-        what = (
-            f"{root / 'models' / dataset} was trained"
-            if stage in ("pretrain", "finetune")
-            else f"{root / ('prepared' if stage == 'prepare' else 'embeddings') / dataset} was made"
-        )
-        raise ValueError(
-            f"{what} with other settings"
-            f" ({'; '.join(told[:3])}{f'; and {len(told) - 3} more' if told[3:] else ''}); run `dvc repro`"
-            " (or `make repro`), or put params.yaml back"
-        )
+    models: Path,  # the folder with `finetune`
+    name: str,  # one of MODELS
+) -> UniRec:
+    "A UniRec model from the checkpoint of stage 2; raises ValueError that names settings which cannot be used."
+    with settings_block("model"):
+        config = EncoderConfig(**params["model"], use_id=MODELS[name])
+    with settings_block("llm"):
+        llm = LLMConfig(**params["llm"])
+    return UniRec(data.catalogue, config, llm).restore(models / "finetune" / f"{name}.safetensors").eval()
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-017
-EVENTS = ["user", "item", "timestamp", "rating"]
-# the columns of the prepared tables that are read here
-TABLES = {"users": ["user_id"], "train": EVENTS, "valid": EVENTS, "test": EVENTS}
-
-
-def needed(root: Path, dataset: str, model: str) -> None:
-    "Raise FileNotFoundError for the first artefact that is missing, ValueError for one that is damaged, with the stage that writes it."
-    files = [("prepare", root / "prepared" / dataset / f"{n}.parquet") for n in ("items", *TABLES)] + [
-        ("prepare", root / "prepared" / dataset / "quality.json")
-    ]
-    files += [
-        ("embed", root / "embeddings" / dataset / n)
-        for n in ("manifest.json", "checksums.json", "vectors.safetensors")
-        if n != "checksums.json" or (root / "embeddings" / dataset / n).exists()
-    ]
-    if model in MODELS:
-        files.append(("finetune", root / "models" / dataset / "finetune" / f"{model}.safetensors"))
-    for stage, path in files:
-        found = opened(path, stage, dataset)
-        if missing := [c for c in TABLES.get(path.stem, []) if path.suffix == ".parquet" and c not in found]:
-            raise ValueError(
-                f"{path}: column {missing[0]} is missing, it has {', '.join(found)}; the stage prepare writes"
-                f" it: `make repro`, or `dvc repro prepare@{dataset}`"
-            )
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-018
-def in_place(root: Path, dataset: str) -> tuple[list[str], np.ndarray]:  # (U,) user ids, (U,) test items
-    "The users and what they chose next; raises ValueError that names a table whose rows are not those that `prepare` wrote."
-    path = {n: root / "prepared" / dataset / f"{n}.parquet" for n in ("items", *TABLES)}
-
-    def read(n, columns):
-        return opened(path[n], "prepare", dataset, lambda p: pd.read_parquet(p, columns=columns))
-
-    again = f"make it again: `dvc repro prepare@{dataset}`"
-    ids, users, told = (
-        read("items", ["item_id"]).item_id,
-        read("users", ["user_id"]).user_id,
-        opened(root / "prepared" / dataset / "quality.json", "prepare", dataset),
-    )
-    parts = {n: read(n, EVENTS) for n in ("train", "valid", "test")}
-    for n in ("valid", "test"):
-        one_each(parts[n], path[n])
-    for n, part in parts.items():
-        own = part.user.to_numpy() if n != "train" else part.user.unique()
-        if (
-            len(own) != len(users)
-            or (own != np.arange(len(users))).any()
-            or not part.user.is_monotonic_increasing
-        ):
-            raise ValueError(
-                f"{path[n]}: expected the users 0 to {len(users) - 1} in this order, as in users.parquet,"
-                f" found {len(own)}{' in another one' if len(own) == len(users) else ''}; {again}"
-            )
-        if not part["item"].between(0, len(ids) - 1).all():
-            raise ValueError(
-                f"{path[n]}: expected items from 0 to {len(ids) - 1}, as in items.parquet; {again}"
-            )
-    if "events" in told and len(parts["train"]) != (train := told["events"] - 2 * len(users)):
-        raise ValueError(
-            f"{path['train']}: {len(parts['train'])} events, quality.json counted {train}; {again}"
-        )
-    sum_of = split_hash(users.iloc[parts["test"].user], ids.iloc[parts["test"]["item"]])
-    if told.get("test_split_sha256", sum_of) != sum_of:
-        raise ValueError(
-            f"{path['users']}, {path['test'].name}, {path['items'].name}: not the users and test items that"
-            f" quality.json was written for; {again}"
-        )
-    return users.astype(str).tolist(), parts["test"]["item"].to_numpy(np.int64)
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-019
-def same_data(root: Path, dataset: str) -> None:
-    "Raise ValueError where the tables or vectors are not those that stage 2 was trained on, as far as it is recorded."
-    run = root / "reports" / "runs" / dataset / "run_finetune.json"
-    if not run.is_file() or "data_sha256" not in (told := opened(run, "finetune", dataset)):
-        return
-    files = sorted(
-        [
-            root / "embeddings" / dataset / "vectors.safetensors",
-            *(root / "prepared" / dataset / f"{n}.parquet" for n in ("items", "train", "valid")),
-        ]
-    )
-    if (
-        hashlib.sha256(b"".join(bytes.fromhex(file_sha256(p)) for p in files)).hexdigest()
-        != told["data_sha256"]
-    ):
-        raise ValueError(
-            f"{root / 'models' / dataset} was trained on other tables or vectors than those of"
-            f" {root / 'prepared' / dataset} (items, train, valid) and {root / 'embeddings' / dataset} now;"
-            " run `dvc repro` (or `make repro`)"
-        )
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-021
-def usual_times(train: Histories, n: int) -> np.ndarray:  # (n,) int64, ms
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-009
+def typical_times(
+    train: Histories,
+    n: int,  # events
+) -> np.ndarray:  # (n,) int64, ms since 1970
     "Times for `n` events at the median gap of train, the last one at train's last moment."
-    same = np.diff(train.users) == 0
-    gap = int(np.median(np.diff(train.times)[same])) if same.any() else 0
+    same_user = np.diff(train.users) == 0
+    gap = int(np.median(np.diff(train.times)[same_user])) if same_user.any() else 0
     return train.times.max() - gap * np.arange(n - 1, -1, -1, dtype=np.int64)
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-024
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-012
 @dataclass
-class Trained:
+class TrainedModel:
     "A trained model, what is known of its users, and the names of everything."
 
     data: Data
     model: str  # one of `model_names()`
     scorer: Callable  # (histories, users) -> (B, N) scores
-    net: UniRec | None  # None: an opponent that counts
-    histories: Histories  # what is known of the users: train and valid
+    net: UniRec | None  # None: a baseline that counts
+    histories: Histories  # what is known of the users: train and validation
     users: list[str]  # user ids
     targets: np.ndarray  # (U,) what they chose next, for the mark `hit`
     store: Path  # folder of the encoded catalogue
@@ -308,12 +109,10 @@ class Trained:
 
     @cached_property
     def vectors(self) -> Tensor:
-        "(N, D) by which events are near an item: the model's candidate embeddings, for an opponent the frozen vectors."
-        return (
-            self.scorer.candidates
-            if isinstance(self.scorer, Scorer)
-            else torch.as_tensor(item_vectors(self.data.catalogue))
-        )
+        "(N, D) by which events are near an item: the model's candidate embeddings, for a baseline the frozen vectors."
+        if isinstance(self.scorer, Scorer):
+            return self.scorer.candidates
+        return torch.as_tensor(item_vectors(self.data.catalogue))
 
     @cached_property
     def kinds(self) -> np.ndarray:
@@ -323,222 +122,202 @@ class Trained:
     @cached_property
     def titles(self) -> list[str]:
         "What items are called: the first text attribute, else the id."
-        text = self.data.spec.schema.of("text")
-        names = self.data.items[text[0].name] if text else self.data.items.item_id
-        return [
-            str(n) if isinstance(n, str) and n else f"item {i}"
-            for n, i in zip(names, self.data.items.item_id)
-        ]
-
-    def user_at(self, user: str) -> int:
-        "The row of a user; raises ValueError with near matches."
-        return index_of(user, self._user_rows, "user")
-
-    def items_at(self, items: Sequence[str]) -> np.ndarray:
-        "(n,) the rows of items; raises ValueError with near matches, or where there is none."
-        if isinstance(items, str) or not len(items):
-            raise ValueError(f"a history is a list of at least one item id, got {items!r}")
-        return np.array([index_of(i, self._item_rows, "item") for i in items], np.int64)
+        ids = self.data.items.item_id
+        texts = self.data.spec.schema.of("text")
+        names = self.data.items[texts[0].name] if texts else ids
+        return [str(name) if isinstance(name, str) and name else f"item {i}" for name, i in zip(names, ids)]
 
     @cached_property
     def _user_rows(self) -> dict[str, int]:
-        return {u: k for k, u in enumerate(self.users)}
+        return {user: row for row, user in enumerate(self.users)}
 
     @cached_property
     def _item_rows(self) -> dict[str, int]:
-        return {str(i): k for k, i in enumerate(self.data.items.item_id)}
+        return {str(item): row for row, item in enumerate(self.data.items.item_id)}
+
+    def user_row(self, user: str) -> int:
+        "The row of a user; raises ValueError with near matches."
+        return index_of(user, self._user_rows, "user")
+
+    def item_rows(self, items: Sequence[str]) -> np.ndarray:
+        "(n,) the rows of items; raises ValueError with near matches, or where there is none."
+        if isinstance(items, str) or not len(items):
+            raise ValueError(f"a history is a list of at least one item id, got {items!r}")
+        return np.array([index_of(item, self._item_rows, "item") for item in items], np.int64)
 
     def events(
-        self, items: Sequence[str], times: Sequence[int] | None = None, ratings: Sequence[float] | None = None
+        self,
+        items: Sequence[str],  # item ids, oldest first
+        times: Sequence[int] | None = None,  # ms since 1970, ascending; None: at the typical pace
+        ratings: Sequence[float] | None = None,  # None: unknown
     ) -> Histories:
-        "One user's events, as for `history`."
-        at = self.items_at(items)
+        "The events of somebody who had these items; raises ValueError for lists of different lengths."
+        rows = self.item_rows(items)
         for name, given in (("times", times), ("ratings", ratings)):
-            if given is not None and len(given) != len(at):
-                raise ValueError(f"{len(given)} {name} for {len(at)} items: one each is expected")
-        when = usual_times(self.data.train, len(at)) if times is None else np.asarray(times, np.int64)
+            if given is not None and len(given) != len(rows):
+                raise ValueError(f"{len(given)} {name} for {len(rows)} items: one each is expected")
+        if times is None:
+            times = typical_times(self.data.train, len(rows))
         frame = pd.DataFrame(
-            {"user": 0, "item": at, "timestamp": when, "rating": np.nan if ratings is None else ratings}
+            {
+                "user": 0,
+                "item": rows,
+                "timestamp": np.asarray(times, np.int64),
+                "rating": np.nan if ratings is None else ratings,
+            }
         )
         return Histories.from_frame(frame, 1, len(self.data.items))
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-026
-def said(r: Trained, near: Sequence[tuple[int, float]]) -> str:
-    "Nearest events in words."
-    return ", ".join(f"{r.titles[i]} ({x:.2f})" for i, x in near)
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-027
-def places(top: int) -> None:
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-014
+def _check_top(top: int) -> None:
     "Raise ValueError for a list without places."
     if top < 1:
         raise ValueError(f"top {top}: a list has at least one place")
 
 
-def listed(r: Trained, h: Histories, u: int, top: int) -> pd.DataFrame:
-    "The top of the catalogue for a row of some histories, without what is in its history, with the reasons."
-    places(top)
-    scores, hidden = (
-        torch.as_tensor(np.asarray(r.scorer(h, np.array([u]))))[0].float(),
-        torch.as_tensor(history_mask(h, np.array([u])))[0],
-    )
+def _nearest_text(titles: Sequence[str], nearest: Sequence[tuple[int, float]]) -> str:
+    "Nearest events (item, similarity) as text."
+    return ", ".join(f"{titles[item]} ({similarity:.2f})" for item, similarity in nearest)
+
+
+def top_items(
+    r: TrainedModel,
+    h: Histories,
+    u: int,  # row of `h`
+    top: int,  # places of the list
+) -> pd.DataFrame:  # place, item_id, title, score, kind, nearest, attention (UniRec only), item
+    "The top of the catalogue for one history, without what is in it, with the reasons."
+    _check_top(top)
+    scores = torch.as_tensor(np.asarray(r.scorer(h, np.array([u]))))[0].float()
+    hidden = torch.as_tensor(history_mask(h, np.array([u])))[0]
     left = min(top, int((~hidden).sum()))
-    value, found = scores.masked_fill(hidden, -torch.inf).topk(left)
-    items = found.tolist()
-    near = nearest_events(r.vectors, items, h.items[h.offsets[u] : h.offsets[u + 1]])
-    read = attention_shares(r.net, items) if r.net else [{}] * left
+    values, indices = scores.masked_fill(hidden, -torch.inf).topk(left)
+    items = indices.tolist()
+    nearest = nearest_events(r.vectors, items, h.items[h.offsets[u] : h.offsets[u + 1]])
+    shares = attention_shares(r.net, items) if r.net else [{}] * left
     columns = {
         "place": range(1, left + 1),
         "item_id": r.data.items.item_id.iloc[items].to_list(),
         "title": [r.titles[i] for i in items],
-        "score": [round(v, 4) for v in value.tolist()],
+        "score": [round(v, 4) for v in values.tolist()],
         "kind": r.kinds[items],
-        "nearest": [said(r, n) for n in near],
+        "nearest": [_nearest_text(r.titles, n) for n in nearest],
     }
-    if any(read):
-        columns["attention"] = [", ".join(f"{k} {x:.0%}" for k, x in list(s.items())[:3]) for s in read]
+    if any(shares):
+        columns["attention"] = [
+            ", ".join(f"{name} {share:.0%}" for name, share in list(s.items())[:3]) for s in shares
+        ]
     return pd.DataFrame(columns | {"item": items})
 
 
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-029
-@torch.no_grad()
-def with_new(
-    r: Trained, vector: Tensor, h: Histories, users: np.ndarray
-) -> np.ndarray:  # (B, 2) rank and score of the new item
-    "Where a new item stands among the catalogue for users of some histories."
-    scores, queries = r.scorer(h, users), []
-    for b in last_batches(h, r.scorer.known[1], r.scorer.history, users, size=64):
-        queries.append(r.net.query(r.scorer.tokens, b, r.scorer.with_llm, r.scorer.candidates)[:, 0])
-    own = torch.cat(queries) @ vector.T  # (B, 1)
-    hidden = np.concatenate([history_mask(h, users), np.zeros((len(users), 1), bool)], 1)
-    ranks = expected_ranks(torch.cat([scores, own], 1), np.full(len(users), scores.shape[1]), hidden)
-    return np.stack([ranks, own[:, 0].numpy()], 1)
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-031
-def restored(data: Data, params: Mapping, models: Path, name: str) -> UniRec:
-    "A UniRec model from the checkpoint of stage 2."
-    with block("model"):
-        config = EncoderConfig(**params["model"], use_id=MODELS[name])
-    with block("llm"):
-        llm = LLMConfig(**params["llm"])
-    return UniRec(data.catalogue, config, llm).restore(models / "finetune" / f"{name}.safetensors").eval()
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-032
-def counted(name: str, data: Data, settings: Mapping) -> Callable:  # params.yaml's `baselines`
-    "A model that counts; raises ValueError that names its settings where they are none."
-    with block(f"baselines.{name}"):
-        return fit_baseline(name, data, settings.get(name) or {})
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-033
-class Answering(Trained):
-    "A trained model that answers for users: those of the data set, and new ones."
+# %% ../../nbs/pipeline/09_recommend.ipynb #cell-016
+class Recommender(TrainedModel):
+    "A trained model that answers for users, for lists of items, and for new items; made by `Recommender.load`."
 
     @classmethod
     def load(
         cls,
         dataset: str,  # a name under `sets` in params.yaml
-        model: str = "unirec",  # unirec, unirec_id, popularity, markov, itemknn, mean_vectors
+        model: str = "unirec",  # one of `model_names()`
         root: str | Path = ".",  # the project's folder
         params: Mapping | None = None,  # None: params.yaml of that folder
-    ) -> "Answering":
+    ) -> "Recommender":
         "From the pipeline's artefacts; raises ValueError for unknown names and for what does not belong together, FileNotFoundError for what has not been made yet."
         root = Path(root)
         params = project_params(root) if params is None else params
         check_name(dataset, params["sets"], "data set")
         check_name(model, model_names(), "model")
-        same_settings(
-            root,
-            dataset,
-            params,
-            ("prepare", "embed", "pretrain", "finetune") if model in MODELS else ("prepare", "embed"),
-        )
-        needed(root, dataset, model)
-        users, targets = in_place(root, dataset)
-        if model in MODELS:
-            same_data(root, dataset)
+        learned = model in MODELS
+        check_settings(root, dataset, params, ALL_STAGES if learned else ("prepare", "embed"))
+        check_files(root, dataset, model if learned else None)
+        users, targets = read_users(root, dataset)
+        if learned:
+            check_training_data(root, dataset)
         prepared, store = root / "prepared" / dataset, root / "embeddings" / dataset
-        own = part_of(params, "evaluate", dataset)
-        with block(f"sets.{dataset}"):
-            spec = SetSpec.from_params(dataset, own["sets"][dataset])
+        settings = stage_settings(params, "evaluate", dataset)
+        with settings_block(f"sets.{dataset}"):
+            spec = SetSpec.from_params(dataset, settings["sets"][dataset])
         try:
             data = load(prepared, store, spec)
         except (KeyError, OSError, pa.ArrowException, SafetensorError) as error:
             raise ValueError(f"{prepared} or {store}: cut or damaged ({error}); run `dvc repro`") from None
-        net = restored(data, own, root / "models" / dataset, model) if model in MODELS else None
-        scorer = net.scorer() if net else counted(model, data, own["baselines"])
-        return cls(
-            data, model, scorer, net, data.train.append(data.valid), users, targets, store, params["encode"]
-        )
+        if learned:
+            net = restore_model(data, settings, root / "models" / dataset, model)
+            scorer = net.scorer()
+        else:
+            net, scorer = None, counting_scorer(model, data, settings["baselines"])
+        known = data.train.append(data.valid)
+        return cls(data, model, scorer, net, known, users, targets, store, params["encode"])
 
     def user(self, user: str, top: int = 10) -> pd.DataFrame:
         "The top of the catalogue for a user of the data set; `hit` marks what the user chose next."
-        u = self.user_at(user)
-        return (
-            listed(self, self.histories, u, top)
-            .assign(hit=lambda t: t["item"] == self.targets[u])
-            .drop(columns="item")
-        )
+        row = self.user_row(user)
+        table = top_items(self, self.histories, row, top)
+        return table.assign(hit=table["item"] == self.targets[row]).drop(columns="item")
 
     def rank(self, user: str) -> float:
-        "Where the item stands that the user chose next, by the rules of the evaluation."
-        u = self.user_at(user)
-        return float(
-            expected_ranks(
-                self.scorer(self.histories, np.array([u])),
-                self.targets[[u]],
-                history_mask(self.histories, np.array([u])),
-            )[0]
-        )
+        "The rank of the item that the user chose next, by the rules of the evaluation."
+        rows = np.array([self.user_row(user)])
+        scores = self.scorer(self.histories, rows)
+        return float(expected_ranks(scores, self.targets[rows], history_mask(self.histories, rows))[0])
 
     def history(
         self,
         items: Sequence[str],  # item ids, oldest first
         top: int = 10,
-        times: Sequence[int] | None = None,  # ms since 1970, ascending; None: at the usual pace
+        times: Sequence[int] | None = None,  # ms since 1970, ascending; None: at the typical pace
         ratings: Sequence[float] | None = None,  # None: unknown
     ) -> pd.DataFrame:
         "The top of the catalogue for somebody who had these items."
-        return listed(self, self.events(items, times, ratings), 0, top).drop(columns="item")
-
-
-# %% ../../nbs/pipeline/09_recommend.ipynb #cell-035
-class Recommender(Answering):
-    "A trained model that answers for new items too; made by `Recommender.load`."
+        return top_items(self, self.events(items, times, ratings), 0, top).drop(columns="item")
 
     @cached_property
     def encoders(self) -> dict[str, Callable]:
-        "The frozen towers, the same that made the store; loaded when the first new item asks for them."
-        with block("encode"):
-            found = towers(self.encode, self.data.spec.schema)
-        same_towers(found, self.store)
-        return found
+        "The frozen towers that made the store, loaded when they are first needed."
+        with settings_block("encode"):
+            encoders = towers(self.encode, self.data.spec.schema)
+        same_towers(encoders, self.store)
+        return encoders
 
     def encode_item(
         self,
         attributes: Mapping,  # attribute -> value; a list where it has several, a path where it is a picture
     ) -> tuple[Tensor, dict[str, float]]:  # (1, out) of length 1; attribute -> share of the attention
-        "The embedding of an item that is not in the catalogue."
+        "The embedding of an item that is not in the catalogue; raises ValueError for a model that reads no attributes."
         if self.net is None:
             raise ValueError(
                 f"{self.model} knows items by their events only: a new item needs {' or '.join(MODELS)}"
             )
-        c = new_catalogue(self.data, self.store, self.encoders, attributes)
+        catalogue = new_catalogue(self.data, self.store, self.encoders, attributes)
         with torch.no_grad():
-            return self.net.items.embed(self.net.items(c)), attention_shares(self.net, [0], c)[0]
+            vector = self.net.items.embed(self.net.items(catalogue))
+            return vector, attention_shares(self.net, [0], catalogue)[0]
 
-    def similar(self, vector: Tensor, top: int = 10) -> pd.DataFrame:  # (1, out)
+    def similar(self, vector: Tensor, top: int = 10) -> pd.DataFrame:  # vector: (1, out)
         "The items of the catalogue that are nearest to a new one."
-        places(top)
-        found = nearest_events(self.vectors, [0], range(len(self.data.items)), top, new=vector)[0]
+        _check_top(top)
+        nearest = nearest_events(self.vectors, [0], range(len(self.data.items)), top, new=vector)[0]
         rows = [
-            (k + 1, self.data.items.item_id[i], self.titles[i], round(x, 4), self.kinds[i])
-            for k, (i, x) in enumerate(found)
+            (place, self.data.items.item_id[i], self.titles[i], round(cosine, 4), self.kinds[i])
+            for place, (i, cosine) in enumerate(nearest, 1)
         ]
         return pd.DataFrame(rows, columns=["place", "item_id", "title", "cosine", "kind"])
+
+    @torch.no_grad()
+    def _rank_new_item(
+        self, vector: Tensor, h: Histories, users: np.ndarray
+    ) -> np.ndarray:  # (B, 2) rank and score of the new item
+        "Where a new item stands among the catalogue for users of some histories."
+        net, scorer = self.net, self.scorer
+        assert net is not None and isinstance(scorer, Scorer)
+        scores, queries = scorer(h, users), []
+        for batch in last_batches(h, scorer.known[1], scorer.history, users, size=64):
+            queries.append(net.query(scorer.tokens, batch, scorer.with_llm, scorer.candidates)[:, 0])
+        own = torch.cat(queries) @ vector.T  # (B, 1)
+        hidden = np.concatenate([history_mask(h, users), np.zeros((len(users), 1), bool)], 1)
+        ranks = expected_ranks(torch.cat([scores, own], 1), np.full(len(users), scores.shape[1]), hidden)
+        return np.stack([ranks, own[:, 0].numpy()], 1)
 
     def new_item(
         self,
@@ -548,25 +327,28 @@ class Recommender(Answering):
         items: Sequence[str] | None = None,  # for somebody who had these items only
     ) -> pd.DataFrame:  # place, user, rank among the catalogue, score, nearest events
         "For whom a new item comes up first: its rank in the list of every user, best first, or in the one list that is asked for."
-        places(top)
+        _check_top(top)
         if user is not None and items is not None:
             raise ValueError("user and items: give one of them, for whom the new item is asked")
         vector = self.encode_item(attributes)[0]
-        h = self.histories if items is None else self.events(items)
-        who = np.arange(len(h)) if user is None or items is not None else np.array([self.user_at(user)])
-        scores = np.concatenate(
-            [with_new(self, vector, h, part) for part in np.array_split(who, -(-len(who) // 256))]
-        )
+        if items is not None:
+            h, names = self.events(items), ["(this history)"]
+        else:
+            h, names = self.histories, self.users
+        rows = np.arange(len(h)) if user is None else np.array([self.user_row(user)])
+        parts = np.array_split(rows, -(-len(rows) // 256))
+        scores = np.concatenate([self._rank_new_item(vector, h, part) for part in parts])
         order = np.lexsort((-scores[:, 1], scores[:, 0]))[:top]
-        own = ["(this history)"] if items is not None else self.users
-        why = [
+        nearest = [
             nearest_events(self.vectors, [0], h.items[h.offsets[u] : h.offsets[u + 1]], new=vector)[0]
-            for u in who[order]
+            for u in rows[order]
         ]
-        columns = {
-            "user_id": [own[u] for u in who[order]],
-            "rank": scores[order, 0],
-            "score": scores[order, 1].round(4),
-            "nearest": [said(self, w) for w in why],
-        }
-        return pd.DataFrame({"place": range(1, len(order) + 1)} | columns)
+        return pd.DataFrame(
+            {
+                "place": range(1, len(order) + 1),
+                "user_id": [names[u] for u in rows[order]],
+                "rank": scores[order, 0],
+                "score": scores[order, 1].round(4),
+                "nearest": [_nearest_text(self.titles, n) for n in nearest],
+            }
+        )
