@@ -24,8 +24,8 @@ from unirec.pipeline.toy import toy_params
 
 ALONE = {"datasets": ["toy"], "sets": {}, "per_set": {}, "more_seeds": {}}
 BASELINES_ONLY = toy_study(
-    **ALONE, kind="comparison", models=["popularity", "markov", "sasrec"], variants={}, reference="", test_time={},
-    contrasts={}, protocols=["leave_one_out", "last5"], tuned=True,
+    **ALONE, kind="comparison", models=["popularity", "markov", "sasrec"], variants={}, reference="",
+    test_time={}, contrasts={}, protocols=["leave_one_out", "last5"], tuned=True,
 )  # fmt: skip
 TWO = toy_study(**ALONE | {"seeds": [0]}, models=[], base={"llm.adapt": "none"})
 FIRST = Selection(protocols=["leave_one_out"])
@@ -217,9 +217,8 @@ def test_what_another_process_is_at_is_passed_over(project, trained):
 
 def test_studies_share_runs(project, trained):
     run_study(project, "toy")
-    write_study(project, "other", TWO | {"title": "another", "variants": {"whole": {}}, "reference": "whole"} | {
-        "test_time": {}, "contrasts": {}
-    })  # fmt: skip
+    other = {"title": "another", "variants": {"whole": {}}, "reference": "whole"}
+    write_study(project, "other", TWO | other | {"test_time": {}, "contrasts": {}})
     trained.clear()
     run_study(project, "other")
     assert not trained and rows_of(project, "other").variant.tolist() == ["whole"]
