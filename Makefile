@@ -15,8 +15,11 @@ STUDY ?= comparison
 ARGS ?=
 
 SETUP = set -eo pipefail; source tools/env.sh
+# dvc.lock holds what this machine computed, and git keeps the empty one: its checkout stays clean, and pulling never conflicts.
+# Without git (a source archive) DVC is told so.
+DVC = if [ -e .git ]; then git update-index --skip-worktree dvc.lock; dvc config --local --unset core.no_scm 2>/dev/null || true; else dvc config --local core.no_scm true; fi
 # tables and vectors of the sets that the pipeline makes
-VECTORS = dvc repro $$(python -c 'import yaml; print(*("embed@" + d for d in yaml.safe_load(open("params.yaml"))["datasets"]))')
+VECTORS = $(DVC); dvc repro $$(python -c 'import yaml; print(*("embed@" + d for d in yaml.safe_load(open("params.yaml"))["datasets"]))')
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -28,7 +31,7 @@ env:  ## set up the environment, nothing else
 repro:  ## raw data to reports/index.html, whatever is not up to date; PROFILE=paper or paper-tiny: in runs/PROFILE
 	@$(SETUP); \
 	if [ -n "$(PROFILE)" ]; then exec python -m unirec.cli profile "$(PROFILE)" $(ARGS); fi; \
-	dvc repro $(ARGS); \
+	$(DVC); dvc repro $(ARGS); \
 	echo "The page of results: $(CURDIR)/reports/index.html"
 
 verify:  ## compare the results of `make repro` with the committed reference (tolerance: params.yaml)
@@ -50,7 +53,7 @@ run:  ## do the runs of a study that are not recorded yet, and judge it (resumes
 	@$(SETUP); $(VECTORS); python -m unirec.cli run $(STUDY) $(ARGS)
 
 benchmarks:  ## measure speed side by side (half an hour, on a quiet machine)
-	@$(SETUP); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done
+	@$(SETUP); $(DVC); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done
 
 lab:  ## open JupyterLab on the index of the notebooks
 	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs/index.ipynb $$root $(ARGS)
