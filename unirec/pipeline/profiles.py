@@ -217,7 +217,8 @@ def make_workspace(
     dvc = with_processes((root / "dvc.yaml").read_text(), processes)
     _write_if_changed(folder / "dvc.yaml", dvc.encode())
     write_params(folder, params)
-    _write_if_changed(folder / ".dvc" / "config", (root / ".dvc" / "config").read_bytes())
+    settings = (root / ".dvc" / "config").read_text().replace("[core]\n", "[core]\n    no_scm = true\n")
+    _write_if_changed(folder / ".dvc" / "config", settings.encode())
     if not (folder / "data.dvc").exists():
         _write_if_changed(folder / "data.dvc", b"deps:\n- path: downloads\nouts:\n- path: data\n")
 
