@@ -130,4 +130,4 @@ def test_no_other_module_names_a_baseline(root):
         for path in (root / "unirec" / wing).glob("*.py"):
             found = set(re.findall(r"[\"'](\w+)[\"']", path.read_text(encoding="utf8"))) & names
             # the settings of toy runs name baselines, and `project` those that need no import to be checked
-            assert not found or path.name in ("project.py", "runs.py", "toy.py"), (path, found)
+            assert not found or path.name in ("project.py", "study.py", "toy.py"), (path, found)
