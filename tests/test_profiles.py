@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -328,6 +329,7 @@ def test_a_wrong_profile_is_one_line(root, tmp_path, capsys, text, told):
     (tmp_path / "profiles").mkdir()
     for name in ("params.yaml", "profiles/paper.yaml"):
         (tmp_path / name).write_text((root / name).read_text())
+    shutil.copytree(root / "sets", tmp_path / "sets")
     (tmp_path / "profiles" / "wrong.yaml").write_text(text)
     assert main(["profile", "wrong", "--root", str(tmp_path), "--only-make"]) == 2
     err = capsys.readouterr().err
