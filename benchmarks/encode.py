@@ -1,4 +1,7 @@
-"""Encoding a catalogue: distinct values in batches against one value at a time, for texts and pictures; an unchanged rerun; and how time and memory grow with the number of items, with a stand-in tower."""
+"""Encoding a catalogue: distinct values in batches against one value at a time, for texts and pictures.
+
+It also times an unchanged rerun, and how time and memory grow with the number of items (a stand-in tower).
+"""
 
 import multiprocessing
 import sys
@@ -41,7 +44,8 @@ MADE_UP = Schema.from_params(
 
 
 class Worker:
-    "A process of its own that builds one side and runs it when asked: what one side does to its process does not help the other."
+    """A process of its own that builds one side and runs it when asked: what one side does to its process
+    does not help the other."""
 
     def __init__(self, build: Callable[..., Callable[[], object]], *arguments: object):
         context = multiprocessing.get_context("spawn")
@@ -205,7 +209,8 @@ class StandIn:
 
 
 def catalogue(n: int, seed: int = 0) -> pd.DataFrame:
-    "Made-up items with 14 attributes: own titles, a description for every second one, seven categories of 50 values, five numbers in cents."
+    """Made-up items with 14 attributes: own titles, a description for every second one, seven categories
+    of 50 values, five numbers in cents."""
     rng = np.random.default_rng(seed)
 
     def number():
@@ -241,7 +246,8 @@ def store(items: pd.DataFrame, top: Path, pause: float = 0.0) -> tuple[float, in
 
 
 def grow(table: Table, sizes: tuple, pairs: int) -> None:
-    "A fresh build of each size, in turn, with a tower that takes no time and with one as fast as a large GPU; a row a size and tower."
+    """A fresh build of each size, in turn, with a tower that takes no time and with one as fast as a large
+    GPU; a row a size and tower."""
     made = {n: catalogue(n) for n in sizes}
     for kind, pause in {"no model time": 0.0, f"{PAUSE * 1e3:g} ms a value": PAUSE}.items():
         seconds = {n: [] for n in sizes}
@@ -297,7 +303,8 @@ def rerun(table: Table, n: int, pairs: int) -> None:
 
 
 def large(n: int, top: str) -> Callable[[], None]:
-    "For the measurement of memory: a fresh build of a large catalogue in a process of its own, its items included."
+    """For the measurement of memory: a fresh build of a large catalogue in a process of its own, its items
+    included."""
     items = catalogue(n)
     return lambda: store(items, Path(top))
 

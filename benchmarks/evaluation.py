@@ -1,4 +1,6 @@
-"""The evaluation: exact ranks over the whole catalogue for all users in batches, against one user at a time, from given query vectors and with the model on both sides; its peak memory; and the share of a real evaluation that ranking takes."""
+"""The evaluation: exact ranks over the whole catalogue for all users in batches, against one user at a
+time, from given query vectors and with the model on both sides; its peak memory; and the share of a
+real evaluation that ranking takes."""
 
 import sys
 import time
@@ -53,7 +55,10 @@ def scorer(d: dict) -> Callable:
 
 @torch.no_grad()
 def one_at_a_time(queries: torch.Tensor, vectors: torch.Tensor, candidates: torch.Tensor) -> list[int]:
-    "The released way: a Python loop over users, each with the vectors of its candidates; sort, and look where the first one went."
+    """The released way: a Python loop over users, each with the vectors of its candidates.
+
+    Sort, and look where the first one went.
+    """
     found = []
     for u in range(len(queries)):
         scores = vectors[candidates[u]] @ queries[u]
@@ -109,7 +114,10 @@ def sides(d: dict, slow: int) -> dict[str, Callable]:
 
 
 def agreement(d: dict, slow: int) -> dict[str, float]:
-    "Share of users with the same rank on both sides; a matrix product and a single one differ in the last bit, so two scores may change places."
+    """Share of users with the same rank on both sides.
+
+    A matrix product and a single one differ in the last bit, so two scores may change places.
+    """
     run, first, protocol = sides(d, slow), slice(slow), f"sampled{d['candidates'].shape[1]}"
     ours = run["full_and_sampled"]()
     same = {
@@ -163,7 +171,8 @@ def share(net: UniRec, h: Histories, targets: np.ndarray, with_llm: bool) -> dic
 def padded_query(
     net: UniRec, tokens: torch.Tensor, batch: dict, vectors: torch.Tensor, length: int
 ) -> torch.Tensor:  # (out,)
-    "What `net.query` computes for one user, from a prompt that is padded to `length` tokens, as the released code pads every prompt."
+    """What `net.query` computes for one user, from a prompt that is padded to `length` tokens, as the
+    released code pads every prompt."""
     history = tokens[batch["items"]]
     users = net.users(net.catalogue, history, batch)
     x = pack(net.llm.prompt, *net.llm.pieces(history, users))
@@ -180,7 +189,8 @@ def padded_query(
 def loop_with_model(
     net: UniRec, h: Histories, candidates: np.ndarray, with_llm: bool, length: int = 0
 ) -> list[int]:
-    "The released way with the model in it: for each user its history's items and its candidates are encoded, one prompt (padded to `length`) is read, the candidates are sorted; column 0 is the target."
+    """The released way with the model in it: for each user its history's items and its candidates are
+    encoded, one prompt (padded to `length`) is read, the candidates are sorted; column 0 is the target."""
     net.eval()
     events, found = Events.of(h), []
     for u in range(len(h)):
@@ -204,7 +214,8 @@ def loop_with_model(
 def end_to_end(
     net: UniRec, h: Histories, targets: np.ndarray, with_llm: bool, pairs: int, slow: int
 ) -> list[dict]:
-    "Users a second with the model on both sides: all ranks over the whole catalogue, items encoded once and users in batches, against one user at a time over 100 candidates."
+    """Users a second with the model on both sides: all ranks over the whole catalogue, items encoded once
+    and users in batches, against one user at a time over 100 candidates."""
     users, rng = len(h), np.random.default_rng(0)
     others = np.stack(
         [rng.choice(h.n_items - 1, SIZE["candidates"] - 1, replace=False) for _ in range(users)]

@@ -1,4 +1,5 @@
-"""A step of joint fine-tuning in three ways on the same backbone and the same histories: packed (ours), one prompt per prefix at real length, and the released way, written out plainly."""
+"""A step of joint fine-tuning in three ways on the same backbone and the same histories: packed (ours),
+one prompt per prefix at real length, and the released way, written out plainly."""
 
 import hashlib
 import sys
@@ -166,7 +167,8 @@ def text_prompts(
     size: int,
     seed: int = 0,
 ) -> dict:
-    "Prompts of `size` positions drawn at random: titles as text, K places for item tokens behind each, padded to 512 tokens. Made before the clock runs."
+    """Prompts of `size` positions drawn at random: titles as text, K places for item tokens behind each,
+    padded to 512 tokens. Made before the clock runs."""
     g, drawn = np.random.default_rng(seed), []
     for _ in range(size):
         b = batches[g.integers(len(batches))]
@@ -313,7 +315,8 @@ def build_run(*arguments) -> Callable[[], float]:
 
 @torch.no_grad()
 def agreement(data: Data, params: dict, layers: int) -> float:
-    "Largest difference between the query embeddings (length 1) of packed and of single prompts, same weights, dropout off."
+    """Largest difference between the query embeddings (length 1) of packed and of single prompts, same
+    weights, dropout off."""
     torch.manual_seed(0)
     net = UniRec(data.catalogue, *configs(params, layers)).eval()
     batch = packed_batches(data, net.config, 8, params["finetune"]["batch"]["positions"])[0]

@@ -1,4 +1,5 @@
-"""How a stage-1 training step grows: history, attributes, item tokens, user tokens and candidates in the loss, on made-up vectors, with the count of operations beside the time."""
+"""How a stage-1 training step grows: history, attributes, item tokens, user tokens and candidates in the
+loss, on made-up vectors, with the count of operations beside the time."""
 
 import sys
 import time
@@ -42,7 +43,10 @@ BUDGET = 30  # seconds of one case, above which it is not repeated more than thr
 
 
 def catalogue(items: int, attributes: int, seed: int = 0) -> Catalogue:
-    "Synthetic: half of the attributes text, the others numbers, random vectors; at most 5,000 distinct texts, so that 100,000 items fit."
+    """Synthetic: half of the attributes text, the others numbers, random vectors.
+
+    At most 5,000 distinct texts, so that 100,000 items fit.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):

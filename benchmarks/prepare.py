@@ -1,4 +1,5 @@
-"""Raw files to prepared tables: streams and columns against a Python loop over `json.loads` with pandas, in turn, each run in a fresh process.
+"""Raw files to prepared tables: streams and columns against a Python loop over `json.loads` with pandas, in
+turn, each run in a fresh process.
 
 Rows a second, peak memory, and how both grow from a tenth of the set to the whole."""
 
@@ -63,7 +64,8 @@ def texts(count: int, low: int, high: int, rng: np.random.Generator) -> list[str
 
 
 def generate(folder: Path, reviews: int, items: int, seed: int = 0, block: int = 100_000) -> dict[str, int]:
-    "Write a set in the layout of Amazon Reviews 2023: as many users as items, popular items and busy users, times in order of the file; returns the bytes of each file."
+    """Write a set in the layout of Amazon Reviews 2023: as many users as items, popular items and busy
+    users, times in order of the file; returns the bytes of each file."""
     rng = np.random.default_rng(seed)
     titles, long, few = texts(PIECES, 3, 12, rng), texts(PIECES, 15, 60, rng), texts(PIECES, 1, 6, rng)
     with open(folder / "meta_Made.jsonl", "w", encoding="utf-8") as f:
@@ -245,7 +247,8 @@ def same_tables(folder: Path) -> None:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    "Medians of a measure and size: rows a second (by the clock and by the processor's time) of both sides, ratios pair by pair, peak memory; and by how much more seconds grew than rows."
+    """Medians of a measure and size: rows a second (by the clock and by the processor's time) of both
+    sides, ratios pair by pair, peak memory; and by how much more seconds grew than rows."""
     by, out = ["measure", "size"], []
     for column in ("rows_per_s", "rows_per_cpu_s"):
         wide = rows.pivot(index=[*by, "pair"], columns="side", values=column)

@@ -1,4 +1,5 @@
-"""A training step of our Q-Former against transformers' Blip2QFormerModel: same weights, same data, same shapes, in turn."""
+"""A training step of our Q-Former against transformers' Blip2QFormerModel: same weights, same data, same
+shapes, in turn."""
 
 import sys
 from collections.abc import Callable
@@ -117,7 +118,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 def agreement(
     ours: QFormer, theirs: Blip2QFormerModel, queries: Tensor, inputs: tuple, attention: str
 ) -> dict[str, float]:
-    "Do both compute the same, dropout off? Outputs, and the gradients of queries, one weight and the triplets."
+    """Do both compute the same, dropout off? Outputs, and the gradients of queries, one weight and the
+    triplets."""
     got = []
     for net, step in (
         (ours, step_ours(ours, *inputs)),

@@ -1,4 +1,5 @@
-"""Two or more ways of one computation, measured side by side: in turn in one process for time, each in a fresh process for peak memory."""
+"""Two or more ways of one computation, measured side by side: in turn in one process for time, each in a
+fresh process for peak memory."""
 
 import argparse
 import gc
@@ -82,7 +83,8 @@ def memory(
     *arguments: object,
     runs: int = 2,
 ) -> dict[str, float]:
-    "Peak memory in a fresh process: `memory_mb` above the imports (weights, data and step), `step_mb` above what was there before the first run."
+    """Peak memory in a fresh process: `memory_mb` above the imports (weights, data and step), `step_mb`
+    above what was there before the first run."""
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(theirs, build, arguments, runs))
@@ -118,7 +120,10 @@ def machine() -> dict:
 
 
 class Table:
-    "Rows that are written to `<name>.csv` as they come, and facts to `<name>.json`; folder None: kept in memory only."
+    """Rows that are written to `<name>.csv` as they come, and facts to `<name>.json`.
+
+    Folder None: kept in memory only.
+    """
 
     def __init__(self, name: str, folder: Path | None, **facts):
         self.rows, self.path, self.facts, self.start = (

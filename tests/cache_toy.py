@@ -1,7 +1,9 @@
-"""The vector cache with a stand-in tower, in processes of its own that are killed, starved of disk or run at once, for test_vectors.py.
+"""The vector cache with a stand-in tower in processes that are killed, starved of disk or run at once.
 
-python tests/cache_toy.py FOLDER '{"name": [{...}, {...}]}' runs each name's attempts one after the other, each in a forked process (imports are paid once); a list inside the list is
-run at once. Without the JSON it is one of several launched processes. Printed as JSON: name -> what each attempt ended with, its exit code (minus the signal) and what it says of itself.
+It belongs to test_vectors.py. `python tests/cache_toy.py FOLDER '{"name": [{...}, {...}]}'` runs each name's
+attempts one after the other, each in a forked process (imports are paid once); a list inside the list is
+run at once. Without the JSON it is one of several launched processes. Printed as JSON: name -> what each
+attempt ended with, its exit code (minus the signal) and what it says of itself.
 """
 
 import errno
@@ -139,7 +141,8 @@ def start(folder: Path, out: Path, options: dict) -> int:
 
 
 def launched(top: Path) -> None:
-    "One of several processes (accelerate launch): build a store of the words, the second process being slow to look; print what this one asked."
+    """One of several processes (accelerate launch): build a store of the words, the second process being
+    slow to look; print what this one asked."""
     import pandas as pd
 
     from unirec.data.schema import Schema

@@ -25,7 +25,8 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def project_files(root: Path) -> list[Path]:
-    "Every file that is, or would be, tracked: from git where there is a checkout, else all but the usual leftovers."
+    """Every file that is, or would be, tracked: from git where there is a checkout, else all but the usual
+    leftovers."""
     if (root / ".git").exists():
         listed = (
             subprocess.run(
@@ -64,7 +65,10 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def toy_project(tmp_path_factory) -> tuple[Path, dict]:
-    "Folder and parameters of one toy run of all steps (40 products, 60 customers); read it, change nothing in it."
+    """Folder and parameters of one toy run of all steps (40 products, 60 customers).
+
+    Read it, change nothing in it.
+    """
     from unirec.pipeline.toy import toy
 
     folder = tmp_path_factory.mktemp("toy")

@@ -1,7 +1,8 @@
-"""A device that computes on the processor and refuses to mix: finds what a model on a GPU would stumble over, on a machine without one.
+"""A device that computes on the processor and refuses to mix devices, as a GPU would, where there is none.
 
-Its tensors say that they are on `meta`, hold their values on the CPU, and raise where an operation is given tensors of both
-(a CPU scalar is allowed, as on a GPU). `.cpu()` and `.to("cpu")` bring values back; `.numpy()` without them fails, as on a GPU.
+Its tensors say that they are on `meta`, hold their values on the CPU, and raise where an operation is given
+tensors of both (a CPU scalar is allowed, as on a GPU). `.cpu()` and `.to("cpu")` bring values back;
+`.numpy()` without them fails, as on a GPU.
 """
 
 import torch

@@ -1,4 +1,6 @@
-"""Run every check of the project and count them: `python tests/run_all.py [--only house style notebooks pytest]`.
+"""Run every check of the project and count them.
+
+`python tests/run_all.py [--only house style notebooks pytest]`
 
 The last line is `N passed, N failed`, notebooks and tests together; the exit code is 1 when anything failed.
 Nothing in this tree is changed: what export, clean and the README would change is found in a copy.

@@ -1,4 +1,7 @@
-"""The benchmarks' own code at tiny sizes: right order, right arithmetic, the same computation on both sides. Nothing here looks at a clock."""
+"""The benchmarks' own code at tiny sizes: right order, right arithmetic, the same computation on both sides.
+
+Nothing here looks at a clock.
+"""
 
 import json
 import os

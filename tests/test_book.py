@@ -389,8 +389,12 @@ def test_every_chapter_in_a_browser_at_phone_width(site, chromium):
             for (let box = part.parentElement; box; box = box.parentElement)
                 if (["auto", "scroll", "hidden"].includes(getComputedStyle(box).overflowX)) return false;
             return true; }).map(part => "too wide: " + part.outerHTML.slice(0, 80)),
-        ...[...document.querySelectorAll("math")].filter(m => m.getBoundingClientRect().height < 8).map(m => "no equation: " + m.outerHTML.slice(0, 80)),
-        ...[...document.images].filter(i => i.loading != "lazy" && !i.naturalWidth).map(i => "no picture: " + i.src)]"""
+        ...[...document.querySelectorAll("math")]
+            .filter(m => m.getBoundingClientRect().height < 8)
+            .map(m => "no equation: " + m.outerHTML.slice(0, 80)),
+        ...[...document.images]
+            .filter(i => i.loading != "lazy" && !i.naturalWidth)
+            .map(i => "no picture: " + i.src)]"""
     # made by two functions: a part of them stands for all
     alike = pages(site, "reference/*.html") + pages(site, "files/**/*.html")
     for path in [*(p for p in pages(site) if p not in set(alike)), *alike[::8]]:

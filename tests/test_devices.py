@@ -1,4 +1,5 @@
-"""Scoring, evaluation and losses on another device than the CPU, on a machine without one (see pretend_device.py): nothing is left behind, and the figures are the same."""
+"""Scoring, evaluation and losses on another device than the CPU, on a machine without one (see
+pretend_device.py): nothing is left behind, and the figures are the same."""
 
 import json
 from pathlib import Path

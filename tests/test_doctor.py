@@ -180,7 +180,8 @@ def test_the_committed_run_is_whole(root, committed):
 
 
 def test_the_committed_estimate_follows_from_the_profile(root, committed):
-    "Whoever changes profiles/paper.yaml or the estimate makes the file again: `unirec doctor --profile paper --dry-run --out profiles/dry_run.json`."
+    """Whoever changes profiles/paper.yaml or the estimate makes the file again: `unirec doctor --profile
+    paper --dry-run --out profiles/dry_run.json`."""
     profile, peaks = read_profile("paper", root), gpu_peaks(root / "profiles" / "gpus.yaml")
     assert committed["sizes"] == profile.sizes and committed["run"]["stages"] == pytest.approx(
         run_flops(committed["units"], profile.params, profile.sizes)

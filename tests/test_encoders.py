@@ -1,4 +1,7 @@
-"""Text encoders of several kinds with random weights, against plain loops; the hub originals of the mini towers; no code of a model's own is run."""
+"""Text encoders of several kinds with random weights, against plain loops.
+
+They also cover the hub originals of the mini towers, and that no code of a model's own is run.
+"""
 
 import json
 

@@ -53,7 +53,8 @@ def catalogue():
 
 @pytest.fixture(scope="module")
 def model(catalogue):
-    "A small UniRec with the real LLM's first two layers, in float32 and with the LLM's output at full weight; not to be changed."
+    """A small UniRec with the real LLM's first two layers, in float32 and with the LLM's output at full
+    weight; not to be changed."""
     torch.manual_seed(0)
     encoder = EncoderConfig(
         width=16, out=16, layers=1, heads=2, item_tokens=2, user_tokens=2, dropout=0.0, history=HISTORY
@@ -122,7 +123,8 @@ def png(colour):
 
 @pytest.fixture
 def shop(tmp_path):
-    "Five items: one lacks its price, one has the price 0, one's picture is broken, one's is not there, one has none."
+    """Five items: one lacks its price, one has the price 0, one's picture is broken, one's is not there,
+    one has none."""
     (tmp_path / "a.png").write_bytes(png("red"))
     (tmp_path / "b.png").write_bytes(png("teal"))
     (tmp_path / "broken.png").write_bytes(png("blue")[:40])

@@ -112,7 +112,8 @@ def then(*answers):
 
 
 def file(data=BODY, etag='"v1"', ranges=True, obey=True, cut=None, length=True, step=None):
-    "A file: with or without Range, with or without regard to If-Range, cut after so many bytes of this answer."
+    """A file: with or without Range, with or without regard to If-Range, cut after so many bytes of this
+    answer."""
 
     def answer(h, n):
         wanted = h.headers.get("Range")
@@ -350,7 +351,8 @@ def test_a_wrong_hash_is_refused(server, tmp_path):
 
 
 def test_old_bytes_never_get_a_new_note(server, tmp_path, monkeypatch):
-    "A process that dies when the note of another version is written leaves nothing that a later run would continue."
+    """A process that dies when the note of another version is written leaves nothing that a later run
+    would continue."""
 
     def killed(*args):
         raise KeyboardInterrupt
@@ -369,7 +371,8 @@ def test_old_bytes_never_get_a_new_note(server, tmp_path, monkeypatch):
 
 
 def test_a_rotten_part_is_thrown_away(server, tmp_path):
-    "What an earlier run left may be damaged: the hash says so, and the file is fetched once more from its start."
+    """What an earlier run left may be damaged: the hash says so, and the file is fetched once more from
+    its start."""
     server.routes["/f.bin"] = file()
     (tmp_path / "f.bin.part").write_bytes(b"x" * HALF)
     write_json(
@@ -490,7 +493,8 @@ fetch([sys.argv[1]], Path(sys.argv[2]), patience=Patience(attempts=3, wait=0.001
 
 
 def test_a_disk_that_takes_no_more(server, tmp_path):
-    "The system refuses to let the file grow: the error is the machine's, what has come is kept, the next run brings the rest only."
+    """The system refuses to let the file grow: the error is the machine's, what has come is kept, the next
+    run brings the rest only."""
     server.routes |= {"/f.bin": file(), "/second.bin": file()}
     run = child(FETCH, server.url("/f.bin"), tmp_path / "f.bin", 100_000)
     _, said = run.communicate(timeout=60)
@@ -682,7 +686,8 @@ def test_pictures_are_packed_or_listed(server, tmp_path):
 
 @pytest.mark.parametrize("loose", [True, False], ids=["loose files", "packed by download"])
 def test_pictures_of_ones_own_are_read_or_listed(loose, tmp_path):
-    "What was not fetched is looked at when it is encoded: CMYK and animated pictures are read, the others are listed with a cause, and no path leaves the folder."
+    """What was not fetched is looked at when it is encoded: CMYK and animated pictures are read, the
+    others are listed with a cause, and no path leaves the folder."""
     site = tmp_path / "mine"
     (site / "images").mkdir(parents=True)
     for name, data in (GOOD | BROKEN).items():
@@ -764,7 +769,8 @@ import json, sys
 from pathlib import Path
 from unirec.data.download import Patience
 from unirec.data.pictures import fetch_pictures
-fetch_pictures(json.loads(sys.argv[1]), Path(sys.argv[2]), workers=1, patience=Patience(attempts=2, wait=0.001))
+patience = Patience(attempts=2, wait=0.001)
+fetch_pictures(json.loads(sys.argv[1]), Path(sys.argv[2]), workers=1, patience=patience)
 """
 
 
@@ -937,7 +943,10 @@ OLD = {
 def test_pictures_of_older_amazon_sets_come_by_their_addresses(
     format, by_name, server, tmp_path, monkeypatch
 ):
-    "The main picture of each item is in the shard under the name that the items table has; what fails is listed, and alone asked for again."
+    """The main picture of each item is in the shard under the name that the items table has.
+
+    What fails is listed, and alone asked for again.
+    """
     (source, reviews, dumps, value), site = OLD[format], tmp_path / "site"
     site.mkdir()
     lines = {
@@ -1020,7 +1029,8 @@ def test_pictures_of_older_amazon_sets_come_by_their_addresses(
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_photos_of_yelp_are_taken_along(by_name, tmp_path, monkeypatch):
-    "The first photo of each business is packed, one that is not there or leaves the folder is listed, others are left where they are."
+    """The first photo of each business is packed, one that is not there or leaves the folder is listed,
+    others are left where they are."""
     monkeypatch.setenv("UNIREC_CACHE", str(tmp_path / "cache"))
     shelf = tmp_path / "cache" / "downloads" / "yelp" if by_name else tmp_path / "mine"
     (shelf / "photos").mkdir(parents=True)
@@ -1155,7 +1165,8 @@ def test_a_zip_by_name(server, tmp_path, monkeypatch):
 
 
 def test_every_event_of_a_list_finds_its_review(tmp_path):
-    "Thousands of events, raw in another order and among others: each line of the list gets its own text, and three that are not raw are counted."
+    """Thousands of events, raw in another order and among others: each line of the list gets its own text,
+    and three that are not raw are counted."""
     rng = np.random.default_rng(1)
     events = [
         (f"u{u}", f"i{i}", 1.0 + k % 5, 10**12 + k)
@@ -1217,7 +1228,8 @@ def test_a_bad_raw_review_is_named_with_its_row(line, tmp_path):
 
 
 def test_the_official_list_and_raw_files_give_the_reference_split(server, tmp_path, monkeypatch):
-    "The real All_Beauty 5-core, as a list without texts and as raw files in another order with reviews that do not count, comes out with the same split."
+    """The real All_Beauty 5-core, as a list without texts and as raw files in another order with reviews
+    that do not count, comes out with the same split."""
     extra = os.environ.get("UNIREC_EXTRA_ROOT")
     real = Path(extra or "absent") / "amazon2023_all_beauty_5core"
     if not real.is_dir():

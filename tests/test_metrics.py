@@ -1,4 +1,7 @@
-"""Ranks, splits, statistics and breakdowns against slow or independent ways; and that choosing a model never sees the test split."""
+"""Ranks, splits, statistics and breakdowns against slow or independent ways.
+
+They also check that choosing a model never sees the test split.
+"""
 
 import ast
 import dataclasses
@@ -311,7 +314,8 @@ def test_paired_gives_what_it_gave(users):
 
 
 def null(rng: np.random.Generator, seeds: int, users: int, seed_sd: float) -> tuple[np.ndarray, np.ndarray]:
-    "Reciprocal ranks of two models that are equally good: users in common, tastes, seeds and noise of their own."
+    """Reciprocal ranks of two models that are equally good: users in common, tastes, seeds and noise of
+    their own."""
     ability = rng.normal(0, 1.5, users)
 
     def draw():
@@ -333,7 +337,10 @@ def null(rng: np.random.Generator, seeds: int, users: int, seed_sd: float) -> tu
 
 @pytest.mark.parametrize("seed_sd", [0.0, 0.1, 0.3])
 def test_false_alarms_of_the_test_over_seeds_and_users(seed_sd):
-    "Near 5% of equal pairs, whatever the seeds' spread; a test over users alone calls far more as soon as seeds matter."
+    """Near 5% of equal pairs, whatever the seeds' spread.
+
+    A test over users alone calls far more as soon as seeds matter.
+    """
     rng, repeats = np.random.default_rng(int(100 * seed_sd)), 1_000
     p = np.array(
         [
@@ -372,7 +379,8 @@ def test_seeds_and_users_is_symmetric_and_scales():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
 def test_holm_is_the_step_down_procedure(p):
-    "Rejecting adjusted p-values below alpha is walking through the sorted ones and stopping at the first that is too large."
+    """Rejecting adjusted p-values below alpha is walking through the sorted ones and stopping at the first
+    that is too large."""
     adjusted = holm(p)
     for alpha in (0.01, 0.05, 0.2):
         walked, left = set(), len(p)
@@ -455,8 +463,8 @@ def test_lists_hold_nothing_that_the_user_has_had():
     h, targets, scores = world(9)
     lists = top_lists(lambda h, u: scores[u], h, 5, batch=7)
     assert all(
-        not set(l) & set(h.items[a:b].tolist()) and len(set(l)) == 5
-        for l, a, b in zip(lists.tolist(), h.offsets, h.offsets[1:])
+        not set(top) & set(h.items[a:b].tolist()) and len(set(top)) == 5
+        for top, a, b in zip(lists.tolist(), h.offsets, h.offsets[1:])
     )
     figures = list_figures(lists, h, targets, np.random.default_rng(0).normal(size=(30, 4)))
     assert figures["coverage@5"] == len(set(lists.ravel().tolist())) / 30 and all(

@@ -1,4 +1,5 @@
-"""A new modality goes through reader, store, triplets and training by a registration and a name in the schema: sounds."""
+"""A new modality goes through reader, store, triplets and training by a registration and a name in the
+schema: sounds."""
 
 import io
 import json
@@ -72,7 +73,10 @@ def make(encode):
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    "The toy shop with a sound for every product but two: one has none, one's file is broken; 20 pitches in all."
+    """The toy shop with a sound for every product but two: one has none, one's file is broken.
+
+    20 pitches in all.
+    """
     register_encoder("audio", "sound", make, files=True, check=read_sound)
     try:
         root, params = tmp_path_factory.mktemp("sounds"), toy.toy_params()

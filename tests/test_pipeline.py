@@ -1,4 +1,5 @@
-"""The whole pipeline at tiny size, from a fresh clone to the page of results, and what dvc.yaml and params.yaml promise."""
+"""The whole pipeline at tiny size, from a fresh clone to the page of results, and what dvc.yaml and
+params.yaml promise."""
 
 import ast
 import json
@@ -256,7 +257,10 @@ def test_one_repro_runs_every_stage(clone):
 
 
 def test_a_clean_checkout_stays_clean(clone):
-    "What a run computes is ignored, DVC's lock file is left alone; only `make reference` writes what is committed."
+    """What a run computes is ignored, DVC's lock file is left alone.
+
+    Only `make reference` writes what is committed.
+    """
     assert clone.run("git", "status", "--porcelain") == ""
     ignored = clone.run("git", "status", "--porcelain", "--ignored").split()
     assert {f"results/{DATASET}/", "reports/", "models/"} <= set(ignored)

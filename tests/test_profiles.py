@@ -1,4 +1,7 @@
-"""The paper's profile: `paper-tiny`, its classes and switches at tiny widths, goes through all seven stages; what the stages wrote says what was used."""
+"""The paper's profile: `paper-tiny`, its classes and switches at tiny widths, goes through all seven stages.
+
+What the stages wrote says what was used.
+"""
 
 import json
 import os
@@ -43,7 +46,10 @@ def state_of(root: Path) -> dict[str, bytes | None]:
 
 
 def repro(root: Path, folder: Path, *words: str) -> str:
-    "What `make repro PROFILE=paper-tiny` prints, in a workspace elsewhere; the test fails with it when the command does."
+    """What `make repro PROFILE=paper-tiny` prints, in a workspace elsewhere.
+
+    The test fails with it when the command does.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "DVC_", "JUPYTER_", "XDG_"))} | {
         "PYTHONPATH": str(root),
         "HOME": str(folder.parent),
@@ -138,7 +144,8 @@ def test_what_ran_is_what_the_profile_says(tiny, root):
 
 @pytest.mark.slow
 def test_the_towers_were_qwen3_and_open_clip(tiny):
-    "Last-token pooling, the instruction before reviews alone, and the vision transformer of the profile's width."
+    """Last-token pooling, the instruction before reviews alone, and the vision transformer of the
+    profile's width."""
     folder, _ = tiny
     params, manifest = (
         read_params(folder),
@@ -245,7 +252,10 @@ def test_a_second_run_has_nothing_to_do(tiny, root):
 
 
 def test_the_shapes_are_those_that_were_published(root):
-    "Parameters as the model cards say: 0.6 billion, 0.44 of them without the words; CLIP ViT-L/14's picture tower 304 million."
+    """Parameters as the model cards say: 0.6 billion, 0.44 of them without the words.
+
+    CLIP ViT-L/14's picture tower 304 million.
+    """
     import open_clip
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

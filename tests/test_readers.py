@@ -1,4 +1,5 @@
-"""Raw files as they come: what is wrong in them is one error that names the place, or is left out and counted; what is right comes back as it was."""
+"""Raw files as they come: what is wrong in them is one error that names the place, or is left out and
+counted; what is right comes back as it was."""
 
 import gzip
 import json
@@ -202,7 +203,8 @@ WRITERS = {
 
 @dataclass
 class Counted:
-    "What a reader says when it goes on: counts that are there, and how many events are left (the good one included)."
+    """What a reader says when it goes on: counts that are there, and how many events are left (the good
+    one included)."""
 
     dropped: dict = field(default_factory=dict)
     invalid: dict = field(default_factory=dict)
@@ -1161,7 +1163,8 @@ def test_tables_come_back(tmp_path_factory, made, form):
 
 
 def write_many(folder, form, rows):
-    "A set of which one item and one event are kept: the other items have no id, the other events an item that nobody lists."
+    """A set of which one item and one event are kept: the other items have no id, the other events an item
+    that nobody lists."""
     items = pd.DataFrame(
         {"item_id": ["a"] + [None] * rows, "title": "A pot that boils", "brand": "Acme", "price": 5.0}
     )
@@ -1315,7 +1318,10 @@ COUNTED = {
 
 @pytest.fixture
 def shop(tmp_path) -> tuple[Path, SetSpec]:
-    "Six users with five events each over eight items, and one with a single event; raw files and their block."
+    """Six users with five events each over eight items, and one with a single event.
+
+    Raw files and their block.
+    """
     items = [{"item_id": f"i{k}", "title": f"item {k}"} for k in range(8)]
     rows = [
         {
@@ -1396,7 +1402,8 @@ sys.path[:0] = {[str(Path(preparing.__file__).parents[2]), str(Path(__file__).pa
 import test_readers as t, unirec.data.prepare as p
 from pathlib import Path
 p.{step} = lambda *a: os._exit(9)
-p.prepare(Path({str(folder / "raw")!r}), t.spec("table", t.COUNTED, k_core_users=3), Path({str(folder / "out")!r}), 3)
+spec = t.spec("table", t.COUNTED, k_core_users=3)
+p.prepare(Path({str(folder / "raw")!r}), spec, Path({str(folder / "out")!r}), 3)
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
     assert (tables_of(folder / "out") == old) if before else not (folder / "out").exists()

@@ -1,4 +1,5 @@
-"""What the recommender says is what the evaluation ranked: on the toy, and on real artefacts where the pipeline has left them."""
+"""What the recommender says is what the evaluation ranked: on the toy, and on real artefacts where the
+pipeline has left them."""
 
 import json
 import shutil
@@ -63,7 +64,8 @@ def test_the_place_in_the_list_is_the_rank_and_the_history_is_left_out(toy):
 
 
 def test_a_list_of_items_is_a_user(toy):
-    """The same events, given as a list with times and ratings, give the same list (reviews are not asked for)."""
+    """The same events, given as a list with times and ratings, give the same list (reviews are not asked
+    for)."""
     r, _ = toy
     mute = replace(r, histories=replace(r.histories, reviews=np.full(len(r.histories.items), -1)))
     for u in (0, 7):
@@ -78,7 +80,8 @@ def test_a_list_of_items_is_a_user(toy):
 
 
 def test_a_new_item_ranks_as_if_it_were_in_the_catalogue(toy):
-    """A cold item of the catalogue, given once more as attributes: its score is that of the old one, so it stands beside it."""
+    """A cold item of the catalogue, given once more as attributes: its score is that of the old one, so it
+    stands beside it."""
     r, root = toy
     cold = int(np.flatnonzero(~r.data.catalogue.in_train.numpy())[0])
     row = r.data.items.iloc[cold]
@@ -244,7 +247,10 @@ def test_damaged_artefacts_are_named_in_one_line(name, change, expected, project
 
 @pytest.mark.parametrize("dataset", ["sample", "movielens"])
 def test_ranks_of_the_real_runs(dataset, root):
-    "Where `make repro` has run: the ranks it wrote, of some users. The artefacts have to be those of params.yaml."
+    """Where `make repro` has run: the ranks it wrote, of some users.
+
+    The artefacts have to be those of params.yaml.
+    """
     made = root / "predictions" / dataset / "ranks.parquet"
     if not made.is_file() or not (root / "models" / dataset / "finetune").is_dir():
         pytest.skip("the pipeline has not run here")

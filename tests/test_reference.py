@@ -22,7 +22,10 @@ REFERENCE = {  # set -> users, items, events, sha256 over the lines `user,test_i
 
 @pytest.mark.parametrize("name", REFERENCE)
 def test_split_is_the_reference_split(name, tmp_path):
-    "Users, items, events and the fingerprint of the test list; sets that are not passed on are skipped where they are absent."
+    """Users, items, events and the fingerprint of the test list.
+
+    Sets that are not passed on are skipped where they are absent.
+    """
     spec = SetSpec.from_params(name, PARAMS["sets"][name])
     extra = os.environ.get("UNIREC_EXTRA_ROOT") or PARAMS["data"]["extra_root"]
     if spec.source.startswith("extra:") and not (

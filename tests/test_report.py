@@ -93,7 +93,10 @@ def write_compared(folder, name):
 
 
 def write_set(root, name, synthetic, redistributable):
-    """One data set with everything a page needs; its first user carries the injected words and refused pictures."""
+    """One data set with everything a page needs.
+
+    Its first user carries the injected words and refused pictures.
+    """
     folder = root / "results" / name
     folder.mkdir(parents=True)
     rows = [
@@ -393,7 +396,8 @@ def test_no_horizontal_scroll(visit, width):
     page, _ = visit(width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     wide = page.evaluate(
-        """width => [...document.querySelectorAll('body *')].filter(part => !part.closest('.scroll') && !part.closest('svg')
+        """width => [...document.querySelectorAll('body *')]
+        .filter(part => !part.closest('.scroll') && !part.closest('svg')
         && part.getBoundingClientRect().right > width + 0.5).map(part => part.outerHTML.slice(0, 80))""",
         width,
     )
@@ -421,11 +425,24 @@ def test_page_is_accessible(visit):
 
 CONTRAST = """() => {
   const parts = colour => colour.match(/[0-9.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = part => { for (; part; part = part.parentElement) { const c = parts(getComputedStyle(part).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
-  return [...document.querySelectorAll('h1,h2,h3,h4,h5,p,dt,dd,th,td,small,figcaption,summary,select,button:not(:disabled),label,.badge,.kind,.what,.place,a,svg text')].map(part => {
-    const style = getComputedStyle(part), a = light(parts(part.closest('svg') ? style.fill : style.color)), b = light(ground(part));
-    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), part.outerHTML.slice(0, 80)] }).filter(([ratio]) => ratio < 4.5) }"""
+  const light = ([r, g, b]) => [r, g, b]
+    .map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = part => {
+    for (; part; part = part.parentElement) {
+      const c = parts(getComputedStyle(part).backgroundColor);
+      if (c.length < 4 || c[3] > 0) return c;
+    }
+    return [255, 255, 255];
+  };
+  const texts = 'h1,h2,h3,h4,h5,p,dt,dd,th,td,small,figcaption,summary,select,button:not(:disabled),label,' +
+    '.badge,.kind,.what,.place,a,svg text';
+  return [...document.querySelectorAll(texts)].map(part => {
+    const style = getComputedStyle(part);
+    const a = light(parts(part.closest('svg') ? style.fill : style.color)), b = light(ground(part));
+    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), part.outerHTML.slice(0, 80)];
+  }).filter(([ratio]) => ratio < 4.5);
+}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -32,7 +32,8 @@ RULES = [
 
 @st.composite
 def events(draw, least=4):
-    "Events of up to six users in file order, at least so many each, times from a small range so that they tie."
+    """Events of up to six users in file order, at least so many each, times from a small range so that
+    they tie."""
     rows = [
         (user, draw(st.integers(0, 7)), draw(st.integers(0, 30)))
         for user in range(draw(st.integers(1, 6)))
@@ -85,7 +86,8 @@ def test_by_time_has_no_event_after_the_cut_in_train(table, shares):
 
 
 def ratio_split(rows: int, ratios: list[float]) -> list[int]:
-    "Sizes of a peer toolkit's ratio split, as its documentation has them: each part but the first is rounded down, the first takes the rest."
+    """Sizes of a peer toolkit's ratio split, as its documentation has them: each part but the first is
+    rounded down, the first takes the rest."""
     sizes = [int(r * rows) for r in ratios]
     return [rows - sum(sizes[1:]), *sizes[1:]]
 

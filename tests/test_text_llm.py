@@ -1,4 +1,5 @@
-"""Recommenders that read titles: packed is exact, padding and the future change nothing, adapters off is the frozen model, probe and batches are what they say."""
+"""Recommenders that read titles: packed is exact, padding and the future change nothing, adapters off is
+the frozen model, probe and batches are what they say."""
 
 import numpy as np
 import pytest

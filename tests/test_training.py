@@ -110,7 +110,10 @@ def ended(tmp_path_factory) -> tuple[Path, dict]:
 
 
 def check(ended, name: str, uninterrupted: str = "plain", kills: int = 1) -> str:
-    "Killed as planned, and in the end the same bytes, log and an empty folder as an uninterrupted run; returns what the runs said."
+    """Killed as planned, and in the end the same bytes, log and an empty folder as an uninterrupted run.
+
+    Returns what the runs said.
+    """
     folder, codes = ended
     assert codes[name] == [-9] * kills + [0]
     (weights, log), (expected, expected_log) = result(folder / name), result(folder / uninterrupted)
@@ -177,7 +180,10 @@ def test_dropout_and_the_seed_matter(ended):
 
 
 def test_what_a_state_holds(ended):
-    "Weights, best weights, both moments of each parameter and random numbers; readable without executing anything."
+    """Weights, best weights, both moments of each parameter and random numbers.
+
+    Readable without executing anything.
+    """
     path = ended[0] / "in_place_state" / "state.safetensors"
     model = train_toy.build(0.0)
     trained = [n for n, p in model.named_parameters()]
@@ -219,7 +225,11 @@ def test_what_the_log_says(ended):
 
 
 def furthest(model: torch.nn.Module, weights: dict) -> float:
-    "Largest difference of weights. Left out are those whose gradient is 0 but for rounding, which Adam makes full steps of: biases of keys, and the one that batch norm takes out."
+    """Largest difference of weights.
+
+    Left out are those whose gradient is 0 but for rounding, which Adam makes full steps of: biases of keys,
+    and the one that batch norm takes out.
+    """
     fresh = train_toy.build(0.0)
     sum(train_toy.loss(fresh, b)["loss"] for b in train_toy.epoch_batches(0)).backward()
     sure = {n: p.grad.abs() > 3e-5 for n, p in fresh.named_parameters() if p.grad is not None}
@@ -285,7 +295,8 @@ def test_micro_batches_are_one_large_batch(pieces):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> tuple[Path, dict]:
-    "Two processes on this CPU, by `accelerate launch`: plain, with accumulation, stopped and rerun, and with a bad row."
+    """Two processes on this CPU, by `accelerate launch`: plain, with accumulation, stopped and rerun, and
+    with a bad row."""
     folder = tmp_path_factory.mktemp("launched")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -356,7 +367,10 @@ def test_two_processes_name_the_bad_row(launched):
 
 
 def test_nan_names_epoch_batch_and_rows():
-    "The first bad batch of the run is named, though the loop looks at the end of an epoch only; then every later loss is NaN too."
+    """The first bad batch of the run is named, though the loop looks at the end of an epoch only.
+
+    Then every later loss is NaN too.
+    """
     with pytest.raises(FloatingPointError, match=r"in epoch 0, batch 3 \(ids 300, 301, 302"):
         train_toy.train("", bad=301)
 

@@ -1,4 +1,7 @@
-"""The vector cache: killed at every line, two processes at once, a full disk, every byte damaged. It never gives a wrong vector."""
+"""The vector cache: killed at every line, two processes at once, a full disk, every byte damaged.
+
+It never gives a wrong vector.
+"""
 
 import json
 import os
@@ -311,7 +314,8 @@ def test_a_reader_survives_a_merge(tmp_path):
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_a_store_killed_while_it_is_replaced_is_an_error_or_right(tmp_path, monkeypatch, n):
-    "The n-th file operation never happens: what is read is the old store, the new one, or an error, also where the old one has no checksums."
+    """The n-th file operation never happens: what is read is the old store, the new one, or an error, also
+    where the old one has no checksums."""
     schema = Schema.from_params({"title": {"type": "text"}})
 
     class Better(Tower):

@@ -1,8 +1,9 @@
-"""A small real model in processes of its own, for the tests of the training loop: they are killed, or share a batch.
+"""A small real model in processes of its own that are killed or share a batch: for test_training.py.
 
-python tests/train_toy.py '{"name": [{...}, {...}]}' runs each name's attempts one after the other, each in a forked process (imports are paid once); under `accelerate launch`
-all run in the launched processes.
-The keys of an attempt are `train`'s arguments. Printed as JSON: how each attempt ended, 0 or minus the signal.
+`python tests/train_toy.py '{"name": [{...}, {...}]}'` runs each name's attempts one after the other, each in
+a forked process (imports are paid once); under `accelerate launch` all run in the launched processes.
+The keys of an attempt are `train`'s arguments. Printed as JSON: how each attempt ended, 0 or minus the
+signal.
 """
 
 import json
@@ -47,7 +48,10 @@ def histories(users: int = 9, n_items: int = 12) -> tuple[Histories, np.ndarray]
 
 
 def epoch_batches(epoch: int, size: int = 5) -> list[dict]:
-    "Six batches of five rows, an odd number, and the last of one, fewer than two processes have; `ids` are 100 times the batch's number, plus the row."
+    """Six batches of five rows, an odd number, and the last of one, fewer than two processes have.
+
+    `ids` are 100 times the batch's number, plus the row.
+    """
     h, _ = histories()
     batches = [
         b

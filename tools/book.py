@@ -1,4 +1,5 @@
-"""Build the book, a site that needs no network, from the notebooks as they are: `python tools/book.py [root folder [site folder]]`."""
+"""Build the book, a site that needs no network, from the notebooks as they are: `python tools/book.py
+[root folder [site folder]]`."""
 
 import ast
 import base64
@@ -77,7 +78,8 @@ def chapters(nbs: Path) -> dict[str, list[str]]:
 
 
 def may_show(params: dict) -> list[str]:
-    "The data sets whose rows and pictures may be passed on: those that say `redistributable: true`, nothing else."
+    """The data sets whose rows and pictures may be passed on: those that say `redistributable: true`,
+    nothing else."""
     return [
         name
         for name, entry in params["sets"].items()
@@ -110,7 +112,8 @@ def equation(tex: str, block: bool) -> str:
 
 
 def prose(text: str, here: PurePosixPath, linked: set[str]) -> str:
-    "Markdown of a notebook as the site's Markdown: equations, links to notebooks, and links to files of the project, which are put into `linked`."
+    """Markdown of a notebook as the site's Markdown: equations, links to notebooks, and links to files of
+    the project, which are put into `linked`."""
 
     def link(match: re.Match) -> str:
         if match[2].endswith(".ipynb"):
@@ -182,7 +185,8 @@ def page(path: Path, name: str, docs: Path, linked: set[str], note: str = "") ->
 
 
 class Comments:
-    "The comments of a module: fastcore's docments stand at the end of a parameter's line or on the lines above it."
+    """The comments of a module: fastcore's docments stand at the end of a parameter's line or on the lines
+    above it."""
 
     def __init__(self, source: str):
         self.at_end, self.alone = {}, {}  # line number -> text
@@ -284,7 +288,10 @@ def defined(node: ast.AST) -> list[str]:
 def entry(
     node: ast.AST, symbol: str, source: str, comments: Comments, module: str, owner: str = ""
 ) -> list[str]:
-    "The entry of one symbol: heading, signature, docstring, parameters, link to its source; then the methods of a class."
+    """The entry of one symbol: heading, signature, docstring, parameters, link to its source.
+
+    Then the methods of a class.
+    """
     link = f"[source](../files/unirec/{module.replace('.', '/')}.py.md#__codelineno-0-{node.lineno})"
     name = owner + symbol
     if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -334,11 +341,9 @@ def listing(root: Path, file: str, docs: Path) -> None:
     if source.suffix in PICTURES:
         shutil.copyfile(source, to)
         return
-    lines = ' linenums="1"' if source.suffix == ".py" else ""
-    text = (
-        "---\nsearch: {exclude: true}\n---\n#"
-        f" {file}\n\n~~~~~~{{.{'python' if lines else 'text'}{lines}}}\n{source.read_text(encoding='utf8').rstrip()}\n~~~~~~\n"
-    )
+    kind = '{.python linenums="1"}' if source.suffix == ".py" else "{.text}"
+    content = source.read_text(encoding="utf8").rstrip()
+    text = f"---\nsearch: {{exclude: true}}\n---\n# {file}\n\n~~~~~~{kind}\n{content}\n~~~~~~\n"
     to.with_name(to.name + ".md").write_text(text, encoding="utf8")
 
 

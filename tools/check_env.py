@@ -1,4 +1,7 @@
-"""Exit 0 when the Python that runs this satisfies requirements/; otherwise one line says what is missing: `check_env.py [book]`."""
+"""Exit 0 when the Python that runs this satisfies requirements/.
+
+Otherwise one line says what is missing: `check_env.py [book]`.
+"""
 
 import re
 import sys

@@ -160,7 +160,10 @@ def doctor_report(
     names: list[str] | None = None,  # profiles; None: all
     machine: Machine | None = None,
 ) -> str:
-    "What `unirec doctor` prints; raises ValueError for a params.yaml or a profile that was asked for and cannot be read."
+    """What `unirec doctor` prints.
+
+    Raises ValueError for a params.yaml or a profile that was asked for and cannot be read.
+    """
     machine = machine or this_machine(root)
     read_params(root)
     count, wrong = missing_packages(root / "requirements")

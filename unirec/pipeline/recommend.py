@@ -14,7 +14,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-003
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +52,8 @@ from .stages import towers
 
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-006
 def model_names() -> list[str]:
-    "Models that can be asked: UniRec's from their checkpoints, and the baselines that only count and need none."
+    """Models that can be asked: UniRec's from their checkpoints, and the baselines that only count and
+    need none."""
     return [*MODELS, *(name for name, b in BASELINES.items() if b.pipeline and not b.drawn)]
 
 
@@ -73,7 +73,10 @@ def restore_model(
     models: Path,  # the folder with `finetune`
     name: str,  # one of MODELS
 ) -> UniRec:
-    "A UniRec model from the checkpoint of stage 2; raises ValueError that names settings which cannot be used."
+    """A UniRec model from the checkpoint of stage 2.
+
+    Raises ValueError that names settings which cannot be used.
+    """
     with settings_block("model"):
         config = EncoderConfig(**params["model"], use_id=MODELS[name])
     with settings_block("llm"):
@@ -109,7 +112,8 @@ class TrainedModel:
 
     @cached_property
     def vectors(self) -> Tensor:
-        "(N, D) by which events are near an item: the model's candidate embeddings, for a baseline the frozen vectors."
+        """(N, D) by which events are near an item: the model's candidate embeddings, for a baseline the
+        frozen vectors."""
         if isinstance(self.scorer, Scorer):
             return self.scorer.candidates
         return torch.as_tensor(item_vectors(self.data.catalogue))
@@ -213,7 +217,10 @@ def top_items(
 
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-016
 class Recommender(TrainedModel):
-    "A trained model that answers for users, for lists of items, and for new items; made by `Recommender.load`."
+    """A trained model that answers for users, for lists of items, and for new items.
+
+    Made by `Recommender.load`.
+    """
 
     @classmethod
     def load(
@@ -223,7 +230,11 @@ class Recommender(TrainedModel):
         root: str | Path = ".",  # the project's folder
         params: Mapping | None = None,  # None: params.yaml of that folder
     ) -> "Recommender":
-        "From the pipeline's artefacts; raises ValueError for unknown names and for what does not belong together, FileNotFoundError for what has not been made yet."
+        """From the pipeline's artefacts.
+
+        Raises ValueError for unknown names and for what does not belong together, FileNotFoundError for what
+        has not been made yet.
+        """
         root = Path(root)
         params = project_params(root) if params is None else params
         check_name(dataset, params["sets"], "data set")
@@ -284,7 +295,10 @@ class Recommender(TrainedModel):
         self,
         attributes: Mapping,  # attribute -> value; a list where it has several, a path where it is a picture
     ) -> tuple[Tensor, dict[str, float]]:  # (1, out) of length 1; attribute -> share of the attention
-        "The embedding of an item that is not in the catalogue; raises ValueError for a model that reads no attributes."
+        """The embedding of an item that is not in the catalogue.
+
+        Raises ValueError for a model that reads no attributes.
+        """
         if self.net is None:
             raise ValueError(
                 f"{self.model} knows items by their events only: a new item needs {' or '.join(MODELS)}"
@@ -326,7 +340,8 @@ class Recommender(TrainedModel):
         user: str | None = None,  # for this user only
         items: Sequence[str] | None = None,  # for somebody who had these items only
     ) -> pd.DataFrame:  # place, user, rank among the catalogue, score, nearest events
-        "For whom a new item comes up first: its rank in the list of every user, best first, or in the one list that is asked for."
+        """For whom a new item comes up first: its rank in the list of every user, best first, or in the
+        one list that is asked for."""
         _check_top(top)
         if user is not None and items is not None:
             raise ValueError("user and items: give one of them, for whom the new item is asked")
