@@ -110,7 +110,7 @@ def check_set_name(name: str) -> None:
 def read_params(
     root: Path = Path("."),  # the project's folder
 ) -> dict:
-    "params.yaml, with the data sets of `sets/` under the key `sets`; raises ValueError that names file and field."
+    "params.yaml, with the data sets of `sets/` under `sets`; raises ValueError that names file and field."
     params = read_yaml(root / "params.yaml")
     if SETS in params:
         raise ValueError(

@@ -225,7 +225,10 @@ class EventFilter:
 
 # %% ../../nbs/data/08_canonical.ipynb #cell-024
 def larger_batches(batches: Iterable[pa.Table], rows: int = 200_000) -> Iterator[pa.Table]:
-    "Batches put together to at least so many rows (the last may have fewer): looking up items costs as much for a small batch as for a large one."
+    """Batches put together to at least so many rows; the last may have fewer.
+
+    Looking up items costs as much for a small batch as for a large one.
+    """
     held = []
     for batch in batches:
         held.append(batch)

@@ -105,7 +105,7 @@ def is_fetched(
     path: Path,
     sha256: str | None = None,  # what it must have; None: what the record beside it says
 ) -> bool:
-    "Is the file there, and right? One that was put there by hand, where no sha256 is known, is taken and recorded."
+    "Whether the file is there and right; one without a known or recorded sha256 is taken and recorded."
     if not path.is_file():
         return False
     actual, record = file_sha256(path), read_json(sibling_path(path, ".sha256.json"))
@@ -139,11 +139,8 @@ def kept_part(
     usable = (same or pinned) and (version or total) and not (total and size > total)
     if not size or not usable:
         return 0, {}, {}
-    return (
-        size,
-        note | {"same": same},
-        {"Range": f"bytes={size}-"} | ({"If-Range": version} if version else {}),
-    )
+    headers = {"Range": f"bytes={size}-"} | ({"If-Range": version} if version else {})
+    return size, note | {"same": same}, headers
 
 
 def validator(headers: Mapping[str, str]) -> str | None:
@@ -195,7 +192,7 @@ def body_range(
 
 
 def _continued_total(headers: Mapping[str, str], size: int, note: Mapping) -> int | None:
-    "Bytes of the whole file, where this is the rest of what is kept; some servers send a range whatever the validator says."
+    "Bytes of the whole file; raises OutdatedPart unless the answer continues what is kept."
     m = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
     total = int(m[2]) if m and m[2] != "*" else None
     changed = False
@@ -241,12 +238,8 @@ def _failure(error: Exception) -> Exception:
     text = re.sub(r"^(<[^<>]*>|HTTPS?Connection(Pool)?\([^)]*\)): ", "", text or type(reason).__name__)
     if isinstance(reason, NameResolutionError):
         return Refused("no such host, or no network")
-    passing = (
-        requests.ConnectionError,
-        requests.Timeout,
-        BodyError,
-        requests.exceptions.ChunkedEncodingError,
-    )
+    broken_off = (BodyError, requests.exceptions.ChunkedEncodingError)
+    passing = (requests.ConnectionError, requests.Timeout, *broken_off)
     return Temporary(text) if isinstance(error, passing) else Refused(text)
 
 
@@ -361,7 +354,7 @@ def fetch_part(
     patience: Patience = Patience(),
     bar: tqdm | None = None,
 ) -> tuple[str, str]:  # the address that gave it, its sha256
-    "Fetch `<name>.part` from the first mirror that has it; raises FetchError. The caller moves it to its place."
+    "Fetch `<name>.part`, which the caller moves, from the first mirror that has it; raises FetchError."
     causes, transfer = {}, _Transfer(session, path, sha256, patience, bar)
     if path.is_file():
         causes[f"{path.name}, as it lies there"] = "its sha256 is another one"

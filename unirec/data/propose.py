@@ -364,8 +364,8 @@ def as_yaml(
 ) -> str:
     "The proposal as YAML with comments."
     head = (
-        f"# Proposed from {rows} rows of {one_line(name)}. Read it, edit it: what a column means is not in its"
-        " values.\n"
+        f"# Proposed from {rows} rows of {one_line(name)}."
+        " Read it, edit it: what a column means is not in its values.\n"
         "# It goes under `schema` in sets/<name>.yaml, or into a file of its own for `unirec prepare"
         " --schema`.\n"
     )

@@ -78,7 +78,10 @@ AMAZON2018 = {
 
 
 def read_amazon2018(folder: Path, spec: SetSpec) -> Tables:
-    "Reader of Amazon Reviews 2018: `<Category>_5.json[.gz]` (or `<Category>.json`) and `meta_<Category>.json[.gz]`."
+    """Reader of Amazon Reviews 2018.
+
+    Its files are `<Category>_5.json[.gz]` (or `<Category>.json`) and `meta_<Category>.json[.gz]`.
+    """
     meta = raw_file(folder, f"meta_{spec.files}.json")
     reviews = raw_file(folder, f"{spec.files}_5.json", f"{spec.files}.json")
     batches = column_batches(meta, ["asin", *item_sources(spec.schema)])
@@ -96,7 +99,11 @@ def _with_flat_categories(records: Iterable[tuple[int, dict]]) -> Iterator[tuple
 
 
 def read_amazon2014(folder: Path, spec: SetSpec) -> Tables:
-    "Reader of Amazon Reviews 2014: `reviews_<Category>_5.json[.gz]` (or `reviews_<Category>.json`) and `meta_<Category>.json[.gz]`."
+    """Reader of Amazon Reviews 2014.
+
+    Its files are `reviews_<Category>_5.json[.gz]` (or `reviews_<Category>.json`) and
+    `meta_<Category>.json[.gz]`.
+    """
     records = _with_flat_categories(read_literals(raw_file(folder, f"meta_{spec.files}.json")))
     reviews = raw_file(folder, f"reviews_{spec.files}_5.json", f"reviews_{spec.files}.json")
     batches = record_columns(records, ["asin", *item_sources(spec.schema)])
@@ -119,7 +126,7 @@ def unquoted(value):
 
 # %% ../../nbs/data/12_readers.ipynb #cell-021
 def first_photos(folder: Path) -> dict[str, str]:  # business -> path of its first photo
-    "The photos, none where there is no `photos.json`; raises ValueError for a record without a business or a photo."
+    "The first photos, none without a `photos.json`; raises ValueError for a record that is incomplete."
     photos: dict[str, str] = {}
     try:
         path = raw_file(folder, "photos.json")
@@ -155,7 +162,10 @@ YELP_FIELDS = {
 
 
 def read_yelp(folder: Path, spec: SetSpec) -> Tables:
-    "Reader of the Yelp Open Dataset: `yelp_academic_dataset_{review,business}.json[.gz]`, and `photos.json` where it is there."
+    """Reader of the Yelp Open Dataset.
+
+    Its files are `yelp_academic_dataset_{review,business}.json[.gz]`, and `photos.json` where there is one.
+    """
     reviews = raw_file(folder, "yelp_academic_dataset_review.json")
     batches = record_columns(_businesses(folder), ["business_id", *item_sources(spec.schema)])
     items, events, quality = _review_set(batches, reviews, YELP_FIELDS, spec, dates=True)

@@ -248,7 +248,11 @@ def split(
 def split_counts(
     parts: dict[str, pd.DataFrame],  # of `split`
 ) -> dict[str, int]:
-    "Users who are asked in valid and test, users without a train event and their events, and targets that train does not have."
+    """Counts of users and targets of a split.
+
+    Users who are asked in valid and test, users without a train event and their events, and targets that
+    train does not have.
+    """
     train, every = parts["train"], pd.concat([f[["user"]] for f in parts.values()]).user
     asked = {f"{p}_users": int(parts[p].user.nunique()) for p in ("valid", "test")}
     left = {
@@ -299,9 +303,9 @@ def sample_candidates(
     seed: int = 0,
     size: int = 5000,  # test events at a time; changes nothing
 ) -> Iterator[np.ndarray]:  # (at most size, 1 + negatives) int64, the target in column 0
-    """Seeded uniform negatives without repeats, never an item that the user touched, some test events at a time.
+    """Seeded uniform negatives without repeats, never an item that the user touched.
 
-    Raises ValueError when the catalogue is too small.
+    They come for some test events at a time. Raises ValueError when the catalogue is too small.
     """
     rng, pairs = np.random.default_rng(seed), distinct_pairs(user, item, n_items)
     for start in range(0, len(targets), size):
