@@ -71,9 +71,8 @@ def pick_dtype(
 # %% ../../nbs/core/03_device.ipynb #cell-010
 def pick_device() -> torch.device:
     "The accelerator of this process where there is one, else the processor."
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device or torch.device("cpu")
 
 
 # %% ../../nbs/core/03_device.ipynb #cell-013
@@ -184,9 +183,9 @@ def measured_tflops(
 ) -> float:
     "What the processor does on matrix products, in 10^12 operations a second, in its fastest type."
     x = torch.randn(size, size, dtype=torch.bfloat16 if native_bf16() else torch.float32)
-    x @ x
+    torch.mm(x, x)
     start, count = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < seconds:
-        x @ x
+        torch.mm(x, x)
         count += 1
     return 2 * size**3 * count / spent / 1e12

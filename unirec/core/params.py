@@ -249,11 +249,11 @@ def validated(
 def _first_mistake(error: ValidationError) -> str:
     "The field of the first mistake, its value, and what was expected."
     first = error.errors(include_url=False)[0]
-    field = ".".join(map(str, first["loc"]))
+    field, context = ".".join(map(str, first["loc"])), first.get("ctx", {})
     if first["type"] == "value_error":
-        return f"{field}: {first['ctx']['error']}"
+        return f"{field}: {context['error']}"
     if first["type"] == "literal_error":
-        return f"{field}: {first['input']!r}, use {first['ctx']['expected'].replace(chr(39), '')}"
+        return f"{field}: {first['input']!r}, use {context['expected'].replace(chr(39), '')}"
     return f"{field}: {first['input']!r}, {first['msg'].replace('Input should be', 'expected')}"
 
 

@@ -116,14 +116,14 @@ class _ItemColumns:
             raw, column = batch[a.source], self.columns[a.name]
             chosen = raw if len(rows) == len(raw) else [raw[k] for k in rows]
             values = clean_column(chosen, a, self.invalid, self.html)
-            if a.type == "category":
-                column += [[self.words.setdefault(v, v) for v in vs] for vs in values]
-            elif a.type == "number":
-                column += values
-            else:
+            if isinstance(column, TextColumn):
                 if not isinstance(values, pa.Array):
                     values = pa.array(values, pa.large_string())
                 column.add(pa.chunked_array([values]))
+                continue
+            if a.type == "category":
+                values = [[self.words.setdefault(v, v) for v in vs] for vs in values]
+            column.extend(values)
 
     def row(self, batch: Mapping[str, list], k: int) -> dict:
         "The canonical values of one row of a batch, not appended and not counted."

@@ -244,7 +244,7 @@ def draw_product(
             Image.linear_gradient("L")
             .rotate(90)
             .resize((wide, wide), Image.Resampling.NEAREST)
-            .point(lambda v: v * 80 // 255),
+            .point([v * 80 // 255 for v in range(256)]),
         )
         image.paste(tones["trim"], (0, 0), shade)  # darker towards one side
         inner = mask

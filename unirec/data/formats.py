@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,11 +57,11 @@ def _text_parts(path: Path, **how) -> Iterator[pd.DataFrame]:  # how: options of
 
     Raises ValueError that names the file.
     """
-    how = {"dtype": str, "keep_default_na": False, "encoding": "utf-8"} | how
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8"} | how
     try:
         # pandas would call the second column of one name `name.1`
-        check_distinct(pd.read_csv(path, header=None, nrows=1, **how).iloc[0].dropna(), path)
-        with pd.read_csv(path, chunksize=ROWS, **how) as parts:
+        check_distinct(pd.read_csv(path, header=None, nrows=1, **options).iloc[0].dropna(), path)
+        with pd.read_csv(path, chunksize=ROWS, **options) as parts:
             for part in parts:
                 # pandas makes an index of the first fields of a row that has too many
                 if not isinstance(part.index, pd.RangeIndex):
@@ -261,12 +262,16 @@ def _id_values(column: pd.Series, path: Path, head: int) -> list[str]:
 
 def _optional(part: pd.DataFrame, name: str) -> pd.Series:
     "A column, all missing where the table has none of that name."
-    return part[name] if name in part else pd.Series(None, part.index, dtype=object)
+    if name not in part:
+        return pd.Series(None, part.index, dtype=object)
+    column = part[name]
+    assert isinstance(column, pd.Series)
+    return column
 
 
 def _times(column: pd.Series, path: Path, head: int) -> np.ndarray:
     "Times as int64 or float64; raises ValueError that names file and row."
-    times = pd.to_numeric(column, errors="coerce")
+    times = pd.Series(pd.to_numeric(column, errors="coerce"))
     wrong = ~np.isfinite(times.to_numpy("float64", na_value=np.nan))
     if wrong.any():
         row = int(wrong.argmax())

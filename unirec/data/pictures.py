@@ -139,7 +139,11 @@ def pack_pictures(
         for name in sorted(pictures):
             info, file = zipfile.ZipInfo(name), pictures[name]
             info.create_system = 3  # the same on every system
-            z.writestr(info, file.read_bytes() if file else old.read(name))
+            if file:
+                z.writestr(info, file.read_bytes())
+            else:
+                assert old is not None
+                z.writestr(info, old.read(name))
     if old:
         old.close()
     move_into_place(sibling_path(shard, ".part"), shard)

@@ -72,7 +72,7 @@ def indexed(
     position = pd.Index(items.item_id).get_indexer(item_ids)  # of an item's code in the items table
     if spec.k_core_items > 1:
         listed = np.isin(np.arange(len(items)), position[codes_of_items], kind="table")
-        items = items[listed].reset_index(drop=True)
+        items = items.take(np.flatnonzero(listed)).reset_index(drop=True)
         position = np.cumsum(listed)[position] - 1
     table = pd.DataFrame(
         {

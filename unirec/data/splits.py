@@ -120,9 +120,9 @@ def leave_one_out(
         )
     left = events.groupby("user").cumcount(ascending=False)
     return {
-        "train": events[left >= 2].reset_index(drop=True),
-        "valid": events[left == 1].reset_index(drop=True),
-        "test": events[left == 0].reset_index(drop=True),
+        "train": events.loc[left >= 2].reset_index(drop=True),
+        "valid": events.loc[left == 1].reset_index(drop=True),
+        "test": events.loc[left == 0].reset_index(drop=True),
     }
 
 
@@ -146,9 +146,9 @@ def last_k(
         )
     left, tests = events.groupby("user").cumcount(ascending=False), np.minimum(k, size - 3)
     return {
-        "train": events[left > tests].reset_index(drop=True),
-        "valid": events[left == tests].reset_index(drop=True),
-        "test": events[left < tests].reset_index(drop=True),
+        "train": events.loc[left > tests].reset_index(drop=True),
+        "valid": events.loc[left == tests].reset_index(drop=True),
+        "test": events.loc[left < tests].reset_index(drop=True),
     }
 
 
@@ -208,7 +208,7 @@ def by_time(
     part = np.searchsorted(begin, events.timestamp.to_numpy(), side="right")
     part = np.where(events.user.isin(events.user[part == 0]), part, 3)
     parts = {
-        name: events[part == k].reset_index(drop=True)
+        name: events.loc[part == k].reset_index(drop=True)
         for k, name in enumerate(("train", "valid", "test", "left_out"))
     }
     empty = [name for name in ("train", "valid", "test") if parts[name].empty]

@@ -110,7 +110,7 @@ def canonical_value(raw, a: Attribute):  # a: what the value should be
         return clean_image(raw)
     if isinstance(raw, float) and math.isnan(raw):
         raw = None
-    if hasattr(raw, "tolist"):
+    elif hasattr(raw, "tolist"):
         raw = raw.tolist()
     if isinstance(raw, dict):
         raise ValueError(f"expected text, got a record with the keys {sorted(map(str, raw))[:5]}")

@@ -106,10 +106,12 @@ def encoders_of(
     """The encoders that a schema needs. Text is always one: names and types are texts.
     `review` is another where users' texts have an instruction of their own."""
     text = text_encoder(encode)
-    found = {"text": text} | (
-        {"review": text.with_instruction(encode["query_instruction"])}
-        if encode.get("query_instruction")
-        else {}
-    )
-    needed = {ENCODER_OF[a.type] for a in schema if a.type != "id"} - found.keys()
-    return found | {t: MODALITIES[t].make(encode) for t in TABLES if t in needed and MODALITIES[t].make}
+    encoders = {"text": text}
+    if encode.get("query_instruction"):
+        encoders["review"] = text.with_instruction(encode["query_instruction"])
+    needed = {ENCODER_OF[a.type] for a in schema if a.type != "id"} - encoders.keys()
+    for table in TABLES:
+        make = MODALITIES[table].make if table in needed else None
+        if make:
+            encoders[table] = make(encode)
+    return encoders

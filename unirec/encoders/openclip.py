@@ -88,7 +88,9 @@ class OpenClipImage:
         "Of a vector."
         import open_clip
 
-        return open_clip.get_model_config(self.model_name)["embed_dim"]
+        config = open_clip.get_model_config(self.model_name)
+        assert config is not None, f"open_clip knows no model {self.model_name!r}"
+        return config["embed_dim"]
 
     @property
     def key(self) -> dict:

@@ -48,22 +48,22 @@ def readable(
 ) -> tuple[dict[str, bytes], dict[str, str]]:  # path -> content hash, path -> cause
     "The contents' hashes, and the cause for each file that cannot be used."
 
-    def look(path: str) -> tuple[bytes | None, str | None]:
+    def hash_or_cause(path: str) -> bytes | str:
         try:
             data = files[path]
             name = content_hash(data)
             if check and not known(name):
                 check(data)
-            return name, None
+            return name
         except (KeyError, OSError, ValueError, zipfile.BadZipFile) as e:
-            return None, str(e)
+            return str(e)
 
     wanted = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = dict(zip(wanted, pool.map(look, wanted)))
-    return {p: name for p, (name, _) in found.items() if name is not None}, {
-        p: cause for p, (name, cause) in found.items() if name is None
-    }
+        results = dict(zip(wanted, pool.map(hash_or_cause, wanted)))
+    hashes = {path: result for path, result in results.items() if isinstance(result, bytes)}
+    causes = {path: result for path, result in results.items() if isinstance(result, str)}
+    return hashes, causes
 
 
 # %% ../../nbs/encoders/07_pictures.ipynb #cell-008

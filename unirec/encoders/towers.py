@@ -144,7 +144,7 @@ class TextTower:
     @property
     def width(self) -> int:
         "Of a vector."
-        return self.model.config.hidden_size
+        return int(self.model.config.hidden_size)
 
 
 # %% ../../nbs/encoders/02_towers.ipynb #cell-015

@@ -173,14 +173,13 @@ class QFormer(nn.Module):
         self.config = config
         self.queries = nn.Parameter(torch.randn(config.queries, config.width) * 0.5)
         self.norm, self.dropout = nn.LayerNorm(config.width, eps=config.eps), nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            QFormerLayer(config, i % config.cross_every == 0) for i in range(config.layers)
-        )
+        layers = [QFormerLayer(config, i % config.cross_every == 0) for i in range(config.layers)]
+        self.layers = nn.ModuleList(layers)
         with torch.no_grad():
-            for layer in self.layers:
+            for layer in layers:
                 if layer.cross_attention is not None:
-                    layer.cross_attention.v.weight *= config.gain
-                    layer.cross_attention.out.weight *= config.gain
+                    layer.cross_attention.v.weight.mul_(config.gain)
+                    layer.cross_attention.out.weight.mul_(config.gain)
 
     def forward(
         self,

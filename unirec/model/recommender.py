@@ -309,9 +309,11 @@ class UniRec(Checkpointed):
         "The pooled query (B, P, out) and, with an LLM, what it adds (B, P, out)."
         history = tokens[batch["items"]]  # (B, T, K_item, width)
         users = self.users(self.catalogue, history, batch)
-        if self.config.recent and vectors is None:
-            vectors = self.items.embed(tokens)
-        pooled = self.users.pool(users, vectors[batch["items"]] if self.config.recent else None, batch)
+        recent = None
+        if self.config.recent:
+            vectors = self.items.embed(tokens) if vectors is None else vectors
+            recent = vectors[batch["items"]]
+        pooled = self.users.pool(users, recent, batch)
         # a closed gate: its answer would not count
         silent = not self.training and self.gate is not None and float(self.gate) == 0
         if self.llm is None or not with_llm or silent:
