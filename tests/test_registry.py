@@ -13,6 +13,7 @@ from unirec.baselines.registry import BASELINES, Baseline, fit_baseline, train_b
 from unirec.data.sets import SetSpec
 from unirec.encoders.catalogue import load
 from unirec.experiments.fingerprint import code_key
+from unirec.experiments.variants import _training_code
 from unirec.model.recommender import MODELS
 from unirec.pipeline.evaluate import evaluate
 from unirec.pipeline.recommend import Recommender
@@ -29,6 +30,11 @@ def next_in_catalogue(train, reach=3):
         return np.where((distance > 0) & (distance <= reach), 1.0 / (1 + distance), 0.0)
 
     return scorer
+
+
+def another_in_catalogue(train):
+    "The same order for everybody."
+    return lambda histories, users: np.tile(np.arange(train.n_items, dtype=float), (len(users), 1))
 
 
 @pytest.fixture
@@ -121,6 +127,13 @@ def test_an_entry_knows_its_code(name):
 
 def test_an_entry_knows_its_code_behind_a_partial():
     assert Baseline(partial(markov, lags=1)).parts == ["baselines.classic.markov"]
+
+
+def test_an_entry_outside_the_package_has_a_key_of_its_own(entry, monkeypatch):
+    "Two baselines that are defined elsewhere do not share their recorded runs."
+    monkeypatch.setitem(BASELINES, "another", Baseline(another_in_catalogue))
+    keys = {_training_code(name) for name in ("next_in_catalogue", "another")}
+    assert len(keys) == 2
 
 
 def test_no_other_module_names_a_baseline(root):

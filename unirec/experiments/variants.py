@@ -34,8 +34,11 @@ _ITEMS = ("pipeline.stages", "data.sources", "encoders.store", "encoders.catalog
 
 def _training_code(model: str) -> str:
     "A hash of the code that trains a model."
-    ours = ("pipeline.stages.pretrain", "pipeline.stages.finetune")
-    return code_key(*(ours if model in MODELS else BASELINES[model].parts), stop=["data.sources"])
+    if model in MODELS:
+        return code_key("pipeline.stages.pretrain", "pipeline.stages.finetune", stop=["data.sources"])
+    baseline = BASELINES[model]
+    key = code_key(*baseline.parts, stop=["data.sources"])
+    return digest(key, baseline.outside) if baseline.outside else key
 
 
 def _run_code(model: str, protocol: str, changes_items: bool) -> str:
@@ -169,7 +172,9 @@ def test_ranks(
     "Ranks of a trained model, on items that look different where the row says so."
     if not row.changes:
         return rank_table(trained, row.inputs, protocol, seed)
-    net, before = trained.net, trained.net.catalogue
+    net = trained.net
+    assert net is not None  # a baseline has no rows with changes
+    before = net.catalogue
     changes = {k: v for k, v in row.changes.items() if k != "set"}
     moved = "set" in row.changes
     seen = row.inputs.data if moved else data
