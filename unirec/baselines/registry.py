@@ -234,11 +234,11 @@ def fit_baseline(
     baseline = BASELINES[name]
     offered = {"train": lambda: data.train, "targets": lambda: data.valid_targets, "seed": lambda: seed}
     offered |= {parameter: partial(read, data) for parameter, read in baseline.reads.items()}
-    if baseline.config:
+    if (config := baseline.config) is not None:
         fit_settings = settings.get("fit", {})
         limits = [x for x in (budget, fit_settings.get("budget_seconds", 0)) if x]
         limit = min(limits, default=0)
-        offered["config"] = lambda: baseline.config(**settings.get("model", {}))
+        offered["config"] = lambda: config(**settings.get("model", {}))
         offered["fit_config"] = lambda: FitConfig(**{**fit_settings, "seed": seed, "budget_seconds": limit})
     wanted = [p for p in inspect.signature(baseline.train).parameters if p in offered]
     return baseline.train(**{p: offered[p]() for p in wanted}, **({} if baseline.config else settings))

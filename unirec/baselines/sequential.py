@@ -77,17 +77,18 @@ class ItemTable(nn.Module):
         self.ids = None if source == "vectors" else nn.Embedding(n_items, width)
         self.project = None
         if source != "ids":
-            vectors = torch.as_tensor(np.asarray(vectors, dtype=np.float32))
-            vectors = vectors - vectors.mean(0)
-            scale = vectors.square().sum(1).mean().sqrt().clamp_min(1e-6)
-            self.register_buffer("vectors", vectors / scale, persistent=False)
-            sizes = [vectors.shape[1], *([hidden] if hidden else []), width]
+            table = torch.as_tensor(np.asarray(vectors, dtype=np.float32))
+            table = table - table.mean(0)
+            scale = table.square().sum(1).mean().sqrt().clamp_min(1e-6)
+            self.register_buffer("vectors", table / scale, persistent=False)
+            sizes = [table.shape[1], *([hidden] if hidden else []), width]
             layers = [layer for size in zip(sizes, sizes[1:]) for layer in (nn.Linear(*size), nn.GELU())][:-1]
             self.project = nn.Sequential(nn.Dropout(dropout), *layers)
 
     def forward(self) -> Tensor:  # (N, width)
         "All embeddings."
         if self.project is None:
+            assert self.ids is not None
             return self.ids.weight
         projected = self.project(self.vectors)
         if self.ids is None:

@@ -46,8 +46,7 @@ from ..training.loop import FitConfig, fit
 
 # %% ../../nbs/baselines/04_titles.ipynb #cell-006
 def word_rows(uri: str, ids: np.ndarray) -> Tensor:  # (V,) token ids -> (V, D) float32
-    """Rows of a model's table of words, and of nothing else where the file is a .gguf; raises ValueError
-    where there is no table."""
+    "Rows of a model's table of words; raises ValueError where there is no table."
     source = locate(uri)
     if source.suffix == ".gguf":
         import gguf
@@ -67,8 +66,7 @@ def word_rows(uri: str, ids: np.ndarray) -> Tensor:  # (V,) token ids -> (V, D) 
 
 @dataclass
 class Titles:
-    """Tokens of all titles in one row, and the vectors of the words they use; each title ends with a line
-    break."""
+    "Tokens of all titles in one row (each title ends with a line break), and the vectors of their words."
 
     words: Tensor  # (V, D) float32
     tokens: np.ndarray  # (S,) int64 rows of `words`
@@ -105,8 +103,7 @@ def title_tokens(
     titles: list[str],
     limit: int,
 ) -> Titles:
-    """Titles as words of the language model, from the cache where they were tokenised before; raises
-    ValueError for a title that is no text."""
+    "Titles as words of the language model, cached; raises ValueError for a title that is no text."
     wrong = next((i for i, t in enumerate(titles) if not isinstance(t, str)), None)
     if wrong is not None:
         raise ValueError(f"title {wrong} is {titles[wrong]!r}: expected a string, use '' where there is none")
@@ -118,21 +115,12 @@ def title_tokens(
         rows, line, cut = tokenise(uri, titles, limit)
         used, tokens = np.unique(np.concatenate([*rows, line]).astype(np.int64), return_inverse=True)
         offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
-        whole = {
-            "tokens": tokens[: offsets[-1]],
-            "offsets": offsets,
-            "line": tokens[offsets[-1] :],
-            "cut": [cut],
-        }
+        n = offsets[-1]
+        whole = {"tokens": tokens[:n], "offsets": offsets, "line": tokens[n:], "cut": [cut]}
+        arrays = {k: torch.tensor(np.asarray(v, np.int64)) for k, v in whole.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")  # another process may write the same
-        save_file(
-            {
-                "words": word_rows(uri, used),
-                **{k: torch.tensor(np.asarray(v, np.int64)) for k, v in whole.items()},
-            },
-            temporary,
-        )
+        save_file({"words": word_rows(uri, used), **arrays}, temporary)
         temporary.replace(path)
     t = load_file(path)
     return Titles(t["words"], *(t[k].numpy() for k in ("tokens", "offsets", "line")), cut=int(t["cut"]))
@@ -143,27 +131,23 @@ def lay_out(
     titles: Titles,
     items: np.ndarray,  # (B, T) item indices, -1 = padding at the right
     soft: int = 0,  # places behind each title
-) -> dict[
-    str, Tensor
-]:  # words (B, L) rows of `titles.words`, -1 = none; ends (B, T) place of each title's last word, -1 = none
+) -> dict[str, Tensor]:  # words (B, L) rows of `titles.words`; ends (B, T) of each last word; -1 = none
     "Titles one behind the other."
     there = items >= 0
     stop = np.where(there, titles.lengths[items] + soft, 0).cumsum(1)
     words = np.full((len(items), stop.max(initial=1)), -1, np.int64)
     n, first = titles.lengths[items[there]], titles.offsets[:-1][items[there]]
     within = np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)
-    words[np.repeat(there.nonzero()[0], n), np.repeat(stop[there] - soft - n, n) + within] = titles.tokens[
-        np.repeat(first, n) + within
-    ]
+    row, column = np.repeat(there.nonzero()[0], n), np.repeat(stop[there] - soft - n, n) + within
+    words[row, column] = titles.tokens[np.repeat(first, n) + within]
     return {"words": torch.from_numpy(words), "ends": torch.from_numpy(np.where(there, stop - soft - 1, -1))}
 
 
 # %% ../../nbs/baselines/04_titles.ipynb #cell-013
 def by_length(
-    lengths: np.ndarray, tokens: int
-) -> list[
-    np.ndarray
-]:  # (M,) tokens of each sequence, and of a batch (about) -> which sequences are in each batch
+    lengths: np.ndarray,  # (M,) tokens of each sequence
+    tokens: int,  # of a batch, about
+) -> list[np.ndarray]:  # which sequences are in each batch
     "Batches of sequences of about the same length."
     order = np.argsort(lengths, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(lengths[order].cumsum() // tokens)) + 1)
@@ -207,14 +191,11 @@ class TitleReader(nn.Module):
     ):
         super().__init__()
         if len(vectors) != len(titles):
-            raise ValueError(
-                f"{len(vectors)} vectors for {len(titles)} titles: expected one of each for every item"
-            )
+            counts = f"{len(vectors)} vectors for {len(titles)} titles"
+            raise ValueError(f"{counts}: expected one of each for every item")
         body, prompt, self.rms, weights, _ = load_llm(config.llm)
-        self.titles, self.body = (
-            title_tokens(config.llm.uri, weights, titles, config.title_tokens),
-            adapted(body, config.llm),
-        )
+        self.titles = title_tokens(config.llm.uri, weights, titles, config.title_tokens)
+        self.body = adapted(body, config.llm)
         self.config, self.kept, self.soft, words = config, kept, soft, self.titles.words
         self.register_buffer("words", words, persistent=False)
         self.register_buffer("prompt", torch.cat([prompt.float(), words[self.titles.line]]), persistent=False)
@@ -235,19 +216,15 @@ class TitleReader(nn.Module):
         "A query of length 1."
         return F.normalize(self.head(self.norm(state)), dim=-1)
 
-    def history(
-        self, h: Histories, users: np.ndarray
-    ) -> np.ndarray:  # (B, kept) items, -1 = padding at the right
-        "The items of each user's history that are read."
+    def history(self, h: Histories, users: np.ndarray) -> np.ndarray:
+        "(B, kept) items of each user's history that are read, -1 = padding at the right."
         events = h.last(self.config.history, users)[:, : self.kept]
         return np.where(events >= 0, h.items[events], -1)
 
     def prompts(self, items: np.ndarray) -> dict[str, Tensor]:  # (B, T), -1 = padding at the right
         "What `forward` reads."
-        return {
-            k: v.to(self.words.device)
-            for k, v in (lay_out(self.titles, items, self.soft) | {"items": torch.from_numpy(items)}).items()
-        }
+        whole = lay_out(self.titles, items, self.soft) | {"items": torch.from_numpy(items)}
+        return {k: v.to(self.words.device) for k, v in whole.items()}
 
     def query(self, items: np.ndarray) -> Tensor:  # (B, T) -> (B, out)
         "The query after each history."
@@ -271,11 +248,8 @@ class TitleScorer:
             raise ValueError(f"user row {np.asarray(users)[np.argmin(items[:, 0])]} has no history")
         parts = by_length(model.titles.count(items), self.tokens)
         queries = torch.cat([model.query(items[p]) for p in parts])
-        return (
-            (queries[torch.from_numpy(np.argsort(np.concatenate(parts)))] @ model.candidates().T)
-            .float()
-            .cpu()
-        )
+        back = torch.from_numpy(np.argsort(np.concatenate(parts)))
+        return (queries[back] @ model.candidates().T).float().cpu()
 
 
 # %% ../../nbs/baselines/04_titles.ipynb #cell-022
@@ -309,9 +283,8 @@ def fitted(
         return summarise(full_ranks(scorer, known, np.asarray(targets)[users]))
 
     groups = {"body.": {"lr": model.config.lora_lr}} if model.config.llm.adapt == "lora" else None
-    scorer.log = fit(
-        model, batches, loss_fn, validate, fit_config, groups, desc, count_start=desc == "text_llm"
-    )
+    first = desc == "text_llm"
+    scorer.log = fit(model, batches, loss_fn, validate, fit_config, groups, desc, count_start=first)
     return scorer
 
 
@@ -332,18 +305,14 @@ class TextLLM(TitleReader):
         super().__init__(config, titles, vectors)
         self.temperature = Temperature()
 
-    def forward(
-        self, batch: dict[str, Tensor]
-    ) -> Tensor:  # of `lay_out` -> (B, T, out), anything where there is no title
-        "Queries after each title of the history."
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # of `lay_out` -> (B, T, out)
+        "Queries after each title of the history; anything where there is no title."
         return self.read(self.at_ends(batch))
 
     def at_ends(self, batch: dict[str, Tensor]) -> Tensor:  # -> (B, T, D)
         "The states at the end of each title."
-        ends, states = (
-            batch["ends"].clamp_min(0) + len(self.prompt),
-            self.states(self.words[batch["words"].clamp_min(0)]),
-        )
+        ends = batch["ends"].clamp_min(0) + len(self.prompt)
+        states = self.states(self.words[batch["words"].clamp_min(0)])
         return states.gather(1, ends[..., None].expand(-1, -1, states.shape[2]))
 
     def query(self, items: np.ndarray) -> Tensor:  # (B, T) -> (B, out)
@@ -352,10 +321,11 @@ class TextLLM(TitleReader):
 
 
 # %% ../../nbs/baselines/04_titles.ipynb #cell-028
-def title_batches(
-    train: Histories, titles: Titles, config: TextLLMConfig, seed: int
-) -> Callable:  # epoch -> list of {"words", "ends", "targets" (B, T), -1 = none}
-    "A sample of windows of train events each epoch, in batches of about the same length."
+def title_batches(train: Histories, titles: Titles, config: TextLLMConfig, seed: int) -> Callable:
+    """A sample of windows of train events each epoch, in batches of about the same length.
+
+    Returns epoch -> list of {"words", "ends", "targets" (B, T), -1 = none}.
+    """
 
     def batches(epoch: int) -> list[dict]:
         rng = np.random.default_rng([seed, epoch])
@@ -363,9 +333,8 @@ def title_batches(
         items = np.where(events >= 0, train.items[events], -1)
         inputs, targets = np.where(items[:, 1:] >= 0, items[:, :-1], -1), items[:, 1:]
         lengths = titles.count(inputs)
-        parts = by_length(
-            lengths[: max(1, int((lengths.cumsum() <= config.epoch_tokens).sum()))], config.batch_tokens
-        )
+        drawn = max(1, int((lengths.cumsum() <= config.epoch_tokens).sum()))
+        parts = by_length(lengths[:drawn], config.batch_tokens)
         return [
             lay_out(titles, inputs[p])
             | {
@@ -422,12 +391,5 @@ def text_llm(
 
     if config.probe_steps:
         probe(model, batches(config.probe_tokens, fit_config.seed)(0), config.probe_steps, fit_config.lr)
-    return fitted(
-        model,
-        batches(config.epoch_tokens, fit_config.seed),
-        text_loss,
-        train,
-        targets,
-        fit_config,
-        "text_llm",
-    )
+    drawn = batches(config.epoch_tokens, fit_config.seed)
+    return fitted(model, drawn, text_loss, train, targets, fit_config, "text_llm")

@@ -141,11 +141,11 @@ def by_history_length(
     n: int = 0,  # how many these are; buckets that begin below get no comparison
 ) -> pd.DataFrame:  # length, users, mrr, se, chance, mrr_recent, difference, difference_se
     "MRR by length of history, and what the events before the most recent ones add to it."
-    edges, names = np.unique([0, *edges]), []
-    for low, high in zip(edges, [*edges[1:], None]):
+    starts, names = np.unique([0, *edges]), []
+    for low, high in zip(starts, [*starts[1:], None]):
         names.append(f"{low}+" if high is None else f"{low}-{high - 1}")
-    at = np.searchsorted(edges, histories.lengths, side="right") - 1
-    users = pd.DataFrame({"length": names, "from": edges}).iloc[at].reset_index(drop=True)
+    at = np.searchsorted(starts, histories.lengths, side="right") - 1
+    users = pd.DataFrame({"length": names, "from": starts}).iloc[at].reset_index(drop=True)
     users["mrr"], users["chance"] = (
         1 / full_ranks(scorer, histories, targets),
         _chance(histories, np.asarray(targets)),

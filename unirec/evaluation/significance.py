@@ -192,8 +192,8 @@ def one_start(
 
 # %% ../../nbs/evaluation/02_significance.ipynb #cell-037
 def holm(
-    p: Sequence[float],
-) -> np.ndarray:  # (n,) p-values; NaN = no test, stays NaN -> (n,) adjusted, same order
+    p: Sequence[float] | np.ndarray,  # (n,) p-values; NaN: no test
+) -> np.ndarray:  # (n,) adjusted, in the same order; NaN stays NaN
     "Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979)."
     p = np.asarray(p, float)
     out, tested = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))

@@ -159,7 +159,7 @@ def compare_pair(
         common = ours.index.intersection(rival.index)
         ours, rival = ours.loc[common], rival.loc[common]
     counts = {"seeds": 0 if ours is None else len(ours), "rival_seeds": 0 if rival is None else len(rival)}
-    if not all(counts.values()):
+    if ours is None or rival is None or not all(counts.values()):
         return counts | {"same": 0, "p": np.nan, "word": "not run"}
     a, b = ours.to_numpy(), rival.to_numpy()
     alike = (a == b).all(1) if together else np.zeros(1, bool)
@@ -247,7 +247,7 @@ def judge(
     wanted = pd.DataFrame(planned(study), columns=["protocol", "seed", "dataset", "name"])
     wanted, out = wanted.groupby(["dataset", "protocol"]).size(), []
     for key, part in table.groupby(_KEY, sort=False):
-        dataset, protocol, name = key
+        dataset, protocol, name = tuple(key)
         nearest = _nearest(part)
         at_test = study.test_time.get(nearest.variant)
         out.append(
@@ -332,7 +332,7 @@ def whole_seeds(
     every = set().union(*seeds.values())
     kept = {seed for seed in every if 2 * sum(seed in own for own in seeds.values()) > len(seeds)}
     whole = {name for name, own in seeds.items() if kept <= own}
-    return rows[~rows.variant.isin(drawn) | (rows.variant.isin(whole) & rows.seed.isin(kept))]
+    return rows.loc[~rows.variant.isin(drawn) | (rows.variant.isin(whole) & rows.seed.isin(kept))]
 
 
 def beside_the_best(
@@ -349,7 +349,7 @@ def beside_the_best(
         references.setdefault(baselines[column].idxmax(), []).append(split)
     ranks = ranks.merge(rows[["run", "seed"]].assign(model=rows.variant), on="run")
     columns = [c for c in ranks if c in ("full", "full_shuffled") or c.startswith("sampled")]
-    tables = {column: ranks for column in columns if ranks[column].notna().all()}
+    tables = {column: ranks for column in columns if bool(ranks[column].notna().all())}
     if 0 < ranks.new.sum() < len(ranks):
         tables["full_new"] = ranks[ranks.new.astype(bool)].assign(full_new=ranks.full)
     out = []
@@ -366,7 +366,8 @@ def comparison_table(record: Record) -> pd.DataFrame:  # empty where no baseline
     "`beside_the_best` for every data set and protocol of a study."
     study, out = record.study, []
     drawn = [n for n, (model, _) in study.trained.items() if model in MODELS or BASELINES[model].drawn]
-    for (dataset, protocol), rows in record.rows.groupby(["dataset", "protocol"], sort=False):
+    for key, rows in record.rows.groupby(["dataset", "protocol"], sort=False):
+        dataset, protocol = tuple(key)
         rows = whole_seeds(rows, drawn)
         if rows.variant.isin(list(BASELINES)).any():
             table = beside_the_best(rows, record.ranks[record.ranks.run.isin(rows.run)])

@@ -112,7 +112,8 @@ def _replace_rows(path: Path, part: pd.DataFrame, run: str) -> None:
     "Put a run's rows into a table of many."
     if path.exists():
         old = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[""])
-        part = pd.concat([old[old.run != run], part]) if (old.run != run).any() else part
+        others = old.loc[old.run != run]
+        part = part if others.empty else pd.concat([others, part])
     part.to_csv(path.with_suffix(".tmp"), index=False, float_format="%.6g")
     path.with_suffix(".tmp").replace(path)
 
@@ -182,7 +183,7 @@ def shared_run(
             continue
         ranks, curves = read_ranks(root, other), record_path(root, other, "curves.csv")
         curve = pd.read_csv(curves, dtype={"run": str}).query("run == @run") if curves.exists() else None
-        return rows.iloc[0].to_dict(), ranks[ranks.run == run], curve
+        return rows.iloc[0].to_dict(), ranks.loc[ranks.run == run], curve
     return None
 
 

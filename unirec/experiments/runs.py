@@ -61,7 +61,7 @@ def _kept_columns(study: Study, ranks: pd.DataFrame) -> pd.DataFrame:
     kept = ["user", "position", "full", "new"]
     if study.kind == "comparison":
         kept += [c for c in ranks if c == "full_shuffled" or c.startswith("sampled")]
-    return ranks[kept]
+    return ranks.loc[:, kept]
 
 
 # %% ../../nbs/experiments/09_runs.ipynb #cell-007
@@ -328,5 +328,5 @@ def _in_short(table: pd.DataFrame) -> pd.DataFrame:
     ]
     kept += ["mrr", "full_mrr", "difference", "low", "high", "holm", "holm_both", "verdict"]
     if "ranks" in table:
-        table = table[table.ranks == "full"]
-    return table[[name for name in kept if name in table]].round(4)
+        table = table.loc[table.ranks == "full"]
+    return table.loc[:, [name for name in kept if name in table]].round(4)

@@ -51,10 +51,11 @@ def best_trials(
 ) -> dict[str, dict[str, dict]]:  # data set -> model -> settings
     "The settings of the best trial of every model, by validation MRR; the earlier one where two are equal."
     order = {name: i for i, name in enumerate(study.trained)}
-    rows = rows[rows.variant.isin(order) & rows.valid_mrr.notna()]
+    rows = rows.loc[rows.variant.isin(order) & rows.valid_mrr.notna()]
     rows = rows.assign(order=rows.variant.map(order), model=rows.variant.map(lambda v: study.trained[v][0]))
     rows, out = rows.sort_values(["dataset", "model", "order"]), {}
-    for (dataset, model), part in rows.groupby(["dataset", "model"], sort=False):
+    for key, part in rows.groupby(["dataset", "model"], sort=False):
+        dataset, model = tuple(key)
         best = part.loc[part.valid_mrr.idxmax()]
         out.setdefault(dataset, {})[model] = study.trained[best.variant][1]
     return out

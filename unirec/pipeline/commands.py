@@ -311,14 +311,13 @@ def _dry_run(args: argparse.Namespace, sizes: dict[str, int]) -> None:
     profile = read_profile(args.profile or "paper", args.root)
     if not profile.models:
         raise ValueError(f"--profile {profile.name}: it has no `models`, whose shapes a dry run would build")
-    if sizes:
-        sizes = sizes | {"set": "a set of your own", "source": "as given at the command"}
+    described = sizes and {**sizes, "set": "a set of your own", "source": "as given at the command"}
 
     def log(text):
         print(text, file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="unirec-dry-") as scratch:
-        result = dry_run(profile, args.root, Path(scratch) / "run", sizes, args.tokenizer, log)
+        result = dry_run(profile, args.root, Path(scratch) / "run", described, args.tokenizer, log)
     print(dry_run_text(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -80,11 +80,13 @@ def tower_units(
 
 def batch_branch(model: UniRec) -> int:
     "Tokens behind the history for every position: user tokens and the question."
+    assert model.llm is not None
     return model.config.user_tokens + len(model.llm.ending)
 
 
 def computed_tokens(model: UniRec, batch: Mapping[str, Tensor]) -> int:
     "Tokens that the LLM computes for a batch, padding included."
+    assert model.llm is not None
     histories, length = batch["items"].shape
     shared = len(model.llm.prompt) + length * model.llm.each
     return histories * (shared + batch["positions"].shape[1] * batch_branch(model))
@@ -92,7 +94,8 @@ def computed_tokens(model: UniRec, batch: Mapping[str, Tensor]) -> int:
 
 def model_units(model: UniRec, batch: Mapping[str, Tensor]) -> dict:
     "Count one item, one position and one token of the LLM, and what training each costs."
-    catalogue = model.catalogue
+    catalogue, llm_part = model.catalogue, model.llm
+    assert llm_part is not None
     every = torch.arange(len(catalogue))
     items, train_items = forward_and_train(lambda: model.items.embed(model.items(catalogue, every)))
     with torch.no_grad():
@@ -103,7 +106,7 @@ def model_units(model: UniRec, batch: Mapping[str, Tensor]) -> dict:
         user_tokens = model.users(catalogue, history, batch)
     user_tokens.requires_grad_()
     llm, train_llm = forward_and_train(
-        lambda: model.llm(history, user_tokens, batch["present"], batch["positions"])
+        lambda: llm_part(history, user_tokens, batch["present"], batch["positions"])
     )
     model.zero_grad(set_to_none=True)
     return {
@@ -113,8 +116,8 @@ def model_units(model: UniRec, batch: Mapping[str, Tensor]) -> dict:
         "train_items": train_items,
         "train_users": train_users,
         "train_llm": train_llm,
-        "each": model.llm.each,
-        "constant": len(model.llm.prompt),
+        "each": llm_part.each,
+        "constant": len(llm_part.prompt),
         "branch": batch_branch(model),
     }
 

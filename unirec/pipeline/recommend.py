@@ -81,7 +81,9 @@ def restore_model(
         config = EncoderConfig(**params["model"], use_id=MODELS[name])
     with settings_block("llm"):
         llm = LLMConfig(**params["llm"])
-    return UniRec(data.catalogue, config, llm).restore(models / "finetune" / f"{name}.safetensors").eval()
+    model = UniRec(data.catalogue, config, llm)
+    model.restore(models / "finetune" / f"{name}.safetensors")
+    return model.eval()
 
 
 # %% ../../nbs/pipeline/09_recommend.ipynb #cell-009
@@ -152,7 +154,7 @@ class TrainedModel:
     def events(
         self,
         items: Sequence[str],  # item ids, oldest first
-        times: Sequence[int] | None = None,  # ms since 1970, ascending; None: at the typical pace
+        times: Sequence[int] | np.ndarray | None = None,  # ms since 1970, ascending; None: typical pace
         ratings: Sequence[float] | None = None,  # None: unknown
     ) -> Histories:
         "The events of somebody who had these items; raises ValueError for lists of different lengths."

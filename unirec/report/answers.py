@@ -96,7 +96,8 @@ def variant_table(
     study, parts = record.study, []
     if record.rows.empty:
         return f"Nothing is recorded with the present settings yet: `unirec run {study.name}`."
-    for (protocol, dataset), rows in record.rows.groupby(["protocol", "dataset"], sort=False):
+    for key, rows in record.rows.groupby(["protocol", "dataset"], sort=False):
+        protocol, dataset = tuple(key)
         ranks = reciprocal_ranks(record, dataset, protocol)
         head = [
             "variant",
@@ -155,7 +156,7 @@ def read_verdicts(
     if not tables:
         return pd.DataFrame({"study": [], "version": []})
     table = pd.concat(tables, ignore_index=True)
-    table = table[(table.verdict != "not run yet") & (table.study.isin([name]) if name else True)]
+    table = table.loc[(table.verdict != "not run yet") & (table.study.isin([name]) if name else True)]
     table["share"] = table.difference / table.rival_mrr
     for end in ("low", "high", "highest"):
         table[f"{end}_share"] = table[end] / table.rival_mrr
@@ -184,7 +185,7 @@ def verdict_table(
         place = (
             row.tested_on if row.tested_on == row.dataset else f"{row.tested_on}, trained on {row.dataset}"
         )
-        held_out = PROTOCOLS.get(row.protocol, row.protocol).removesuffix(" held out")
+        held_out = str(PROTOCOLS.get(row.protocol, row.protocol)).removesuffix(" held out")
         interval, p = (
             f"{row.low:+.4f} to {row.high:+.4f}",
             "< 0.001" if row.holm < 0.001 else f"{row.holm:.3f}",
@@ -302,7 +303,8 @@ def overview(
     if (verdicts.version == OLD).any():
         text = f"*Version {OLD}.* {text}"
     rows = [["study", "statement", *words]]
-    for (title, statement), part in real.groupby(["title", "statement"], sort=False):
+    for key, part in real.groupby(["title", "statement"], sort=False):
+        title, statement = tuple(key)
         cells = [
             [f"{row.tested_on} {row.share:+.1%}" for row in part.itertuples() if row.verdict == w]
             for w in words

@@ -195,7 +195,7 @@ def data_set_sentence(
         return "There is no UniRec among the runs yet."
     row, reference = pair
     relative = row["difference"] / reference["mrr"]
-    seeds = "" if row["seeds"] > 1 else "; one seed, so nothing is known of others"
+    seeds = "" if bool(row["seeds"] > 1) else "; one seed, so nothing is known of others"
     text = (
         f"{row['model']} (the best UniRec on validation) has a test MRR of {row['mrr']:.4f},"
         f" {reference['model']} (the best baseline on validation) {reference['mrr']:.4f}:"

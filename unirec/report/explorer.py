@@ -140,7 +140,7 @@ def curves_chart(
     curves: pd.DataFrame,  # rows of curves.csv of one stage: model, epoch, loss, mrr
 ) -> dict:  # Vega-Lite
     "MRR on validation by epoch, a line a model; or the training loss where a stage has no MRR"
-    measured = curves["mrr"].notna().any()
+    measured = bool(curves["mrr"].notna().any())
     value, title = ("mrr", "MRR on validation") if measured else ("loss", "training loss")
     rows = curves.dropna(subset=[value])[["model", "epoch", value]]
     epochs = sorted(set(rows["epoch"]))
@@ -232,9 +232,10 @@ def comparison_charts(
         rows, title = run_chart_rows(table), "MRR, whole catalogue"
         caption = "Test; this run. Lines are one standard deviation over seeds, where there are several."
     else:
+        held_out = str(HELD_OUT.get(protocol, protocol))
         title = f"MRR minus that of {differences['reference'].iloc[0]}"
         caption = (
-            f"Test, several seeds, {HELD_OUT.get(protocol, protocol).lower()}. Lines are 95% intervals over"
+            f"Test, several seeds, {held_out.lower()}. Lines are 95% intervals over"
             " users and seeds; right of 0 is better than the baseline that is best on validation."
         )
         notes = [f"MRR {r.mrr:.4f}, {int(r.seeds)} seed(s), {r.verdict}" for r in differences.itertuples()]
@@ -253,7 +254,7 @@ def curve_charts(
     charts = []
     for stage, part in curves.groupby("stage", sort=False):
         caption = "One seed; the chosen model stands out."
-        if part["mrr"].isna().all():
+        if bool(part["mrr"].isna().all()):
             caption = "Training loss; MRR on validation is not measured in this stage."
         title, words = f"Learning curves: {stage}", best_validation(part)
         charts.append({"title": title, "caption": caption, "words": words, "spec": curves_chart(part)})

@@ -131,7 +131,7 @@ def plot_comparison(
     protocol: str = "full",  # among which candidates
 ) -> Figure:
     "One bar a model, best first, UniRec coloured: the mean over seeds and its standard deviation"
-    rows = rows[(rows["metric"] == metric) & (rows["protocol"] == protocol)]
+    rows = rows.loc[(rows["metric"] == metric) & (rows["protocol"] == protocol)]
     means = (
         rows.groupby("model")["value"].agg(["mean", "std"]).fillna(0.0).sort_values("mean", ascending=False)
     )
@@ -228,8 +228,8 @@ def plot_curves(
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())
     }
     for axes in figure.axes:
-        if axes.get_legend():
-            axes.get_legend().remove()
+        if (legend := axes.get_legend()) is not None:
+            legend.remove()
     figure.legend(
         handles.values(), map(shortened, handles), loc="outside lower center", ncols=3, frameon=False
     )

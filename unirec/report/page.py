@@ -24,6 +24,7 @@ __all__ = [
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
@@ -109,7 +110,7 @@ STAGE_ORDER = ["download", "prepare", "embed", "pretrain", "finetune", "evaluate
 
 
 def duration(
-    seconds: object,  # a number, or what is none
+    seconds: Any,  # a number, or what is none
 ) -> str:
     "Seconds as `12.3 s` or `3 min 12 s`"
     text = format_number(seconds, "{:.1f} s")
@@ -120,8 +121,8 @@ def duration(
 
 
 def relative_change(
-    new: object,  # numbers, or what is none
-    old: object,
+    new: Any,  # numbers, or what is none
+    old: Any,
 ) -> str:
     "By how much a value has changed, in percent of the old one"
     if "–" in (format_number(new, "{}"), format_number(old, "{}")) or not old:

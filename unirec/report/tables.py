@@ -183,7 +183,7 @@ def comparison_table(
     columns = ["dataset", "model", "seeds"]
     for figure in FIGURES:
         columns += [figure, f"{figure} sd"]
-    return pd.concat(tables, ignore_index=True)[columns]
+    return pd.concat(tables, ignore_index=True).loc[:, columns]
 
 
 # %% ../../nbs/report/02_tables.ipynb #cell-021
@@ -353,7 +353,7 @@ def groups_plot(
     salt: str,  # different for each data set of a page
 ) -> Markup | None:  # None where there is nothing to draw
     "The groups of users as a plot; without those by what a target lacks, which the table has"
-    parted = groups.groupby("group")["label"].transform("nunique") > 1
+    parted = groups.groupby("group")["label"].transform("nunique").gt(1)
     drawn = groups[groups["model"].isin(models) & parted & ~groups["group"].str.startswith("no ")]
     if drawn.empty:
         return None

@@ -121,10 +121,8 @@ def shard(
     batch: dict[str, Tensor],  # every tensor whose first dimension is the rows' is cut; the others stay whole
     rank: int,
     world: int,  # this process, and how many there are
-) -> dict[str, Tensor]:  # rows rank, rank + world, ...; `events` counts their positions
-    """A process's rows of a batch.
-
-    Where there are fewer rows than processes, it gets the first row without supervised positions."""
+) -> dict:  # rows rank, rank + world, ...; `events` counts their positions
+    "A process's rows of a batch; the first one without positions where rows are fewer than processes."
     rows = _rows(batch)
     take = slice(rank, None, world) if rank < rows else slice(0, 1)
     out = {k: v[take] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v for k, v in batch.items()}
@@ -247,7 +245,9 @@ def _epoch(
             g["lr"] = g["initial_lr"] * warmup_cosine(min(run.step, run.total - 1), run.total, config.warmup)
         optimiser.zero_grad(set_to_none=True)
         _step(module, group, first, run, config, accelerator, losses)
-        norms.append(accelerator.clip_grad_norm_(module.parameters(), config.clip or math.inf).float())
+        norm = accelerator.clip_grad_norm_(module.parameters(), config.clip or math.inf)
+        assert norm is not None  # it is None with DeepSpeed only
+        norms.append(norm.float())
         optimiser.step()
         run.step, run.batch = run.step + 1, first + len(group)
         bar.update()
@@ -365,7 +365,7 @@ def fit(
     else:
         run = Progress(config.epochs * math.ceil(len(epoch_batches) / config.accumulate))
     accelerator.wait_for_everyone()
-    if saved:
+    if state and saved:
         write(f"{desc}: goes on from {state.name}, epoch {len(run.log)}, step {run.step} of {run.total}")
     elif count_start:
         valid = _validated(model, validate, run, accelerator)

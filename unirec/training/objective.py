@@ -127,14 +127,13 @@ def next_item_loss(
         tokens = model.items(c, items) if table is None else table[items]
         scored, batch = place[: len(listed)], batch | {"items": place[len(listed) :].view_as(batch["items"])}
     ignore = None if groups is None else false_negatives(groups, targets, items[scored])
-    seen = bonus = None
+    seen = None
     if not config.seen or model.again is not None:
         seen = seen_items_mask(batch, len(items))[wanted][:, scored]
-    if not config.seen:
-        ignore = seen if ignore is None else ignore | seen
+        if not config.seen:
+            ignore = seen if ignore is None else ignore | seen
     vectors = model.items.embed(tokens)
-    if model.again is not None:
-        bonus = model.again * seen
+    bonus = None if model.again is None or seen is None else model.again * seen
     queries = model.query(tokens, batch, vectors=vectors)[wanted]
     loss = info_nce(queries, vectors[scored], row, model.temperature(), log_q, ignore, bonus)
     return loss, tokens, items
@@ -378,7 +377,8 @@ def train(
             return summarise(full_ranks(ready.scorer(), data.train, data.valid_targets))
 
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    used = [prefix for prefix in groups or {} if any(name.startswith(prefix) for name in names)]
+    groups = groups or {}
+    used = [prefix for prefix in groups if any(name.startswith(prefix) for name in names)]
     rates = {f"model.{prefix}": dict(groups[prefix]) for prefix in used}
     key = ""
     if state:
@@ -390,10 +390,8 @@ def train(
     on_cpu = not torch.accelerator.is_available()
     kernels = [SDPBackend.MATH] if on_cpu else list(SDPBackend.__members__.values())
     with sdpa_kernel(kernels):
-        resumable = {"count_start": start is not None, "state": state, "key": key}
-        log = fit(
-            objective, epoch_batches, Objective.__call__, validate, fit_config, rates, desc, **resumable
-        )
+        resume = {"count_start": start is not None, "state": state, "key": key}
+        log = fit(objective, epoch_batches, Objective.__call__, validate, fit_config, rates, desc, **resume)
     if int(os.environ.get("RANK", 0)) == 0:  # the first process writes
         with objective.evaluated():
             model.save(out)
