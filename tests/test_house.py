@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 LARGEST_NOTEBOOK = 300_000  # bytes, with outputs
+LONGEST_MODULE = 400  # lines
+LONGEST_LINE = 110  # characters
 LARGEST_TEXT = 5_000_000  # bytes; above that a file is data
 
 # in two pieces each, so that this file does not find itself
@@ -324,6 +326,17 @@ def test_lock_satisfies_the_requirements(root):
                 wanted = Requirement(line.split(" #")[0])
                 pinned = lock[re.sub(r"[-_.]+", "-", wanted.name).lower()]
                 assert wanted.specifier.contains(pinned, prereleases=True), f"{line}: lock.txt has {pinned}"
+
+
+def test_modules_are_short(root):
+    "A module can be read at a sitting, and a line without scrolling."
+    wrong = {}
+    for path in sorted((root / "unirec").rglob("*.py")):
+        lines = path.read_text(encoding="utf8").splitlines()
+        longest = max(map(len, lines), default=0)
+        if path.name != "_modidx.py" and (len(lines) > LONGEST_MODULE or longest > LONGEST_LINE):
+            wrong[str(path.relative_to(root))] = len(lines), longest
+    assert not wrong, f"lines, and characters of the longest line: {wrong}"
 
 
 def test_notebooks_are_small(root):

@@ -82,7 +82,8 @@ AVERAGE = re.compile(
     r"^((average|avg|mean)_?(rating|stars|score)s?|(rating|stars|score)_?(average|avg|mean)|ratings?|stars)$"
 )
 COUNT = re.compile(
-    r"^((rating|review)s?_?(number|count|total)|(num|n|number|count|total)_?(of_?)?(rating|review)s?|reviews)$"
+    r"^((rating|review)s?_?(number|count|total)"
+    r"|(num|n|number|count|total)_?(of_?)?(rating|review)s?|reviews)$"
 )
 FUTURE = re.compile(
     r"(^|_)(helpful|votes?|likes|views|sold|sales|popularity|bestsellers?|purchases|downloads|rank)(_|$)"
