@@ -1,9 +1,9 @@
-# make repro | verify | reference | test | export | book | run | benchmarks | lab | readme | architecture | clean-env | help
+# make repro | verify | reference | test | export | book | run | benchmarks | lab | readme | clean-env | help
 # Every job first sets up what it needs (see tools/env.sh): an active environment that has the packages is used as it is,
 # otherwise .venv is made with the newest of Python 3.13, 3.12 and 3.11 that is found. PYTHON=/path/to/python names one.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env repro verify reference test export book run benchmarks lab readme architecture clean-env
+.PHONY: help env repro verify reference test export book run benchmarks lab readme clean-env
 
 PYTHON ?=
 export PYTHON
@@ -43,7 +43,7 @@ reference:  ## make the results of `make repro` the committed reference, results
 test:  ## notebooks and tests; the last line counts them
 	@$(SETUP); python -u tests/run_all.py $(ARGS)
 
-export:  ## write unirec/ from the notebooks: nbdev_export, then ruff format
+export:  ## write unirec/ from the notebooks and the list of rooms in ARCHITECTURE.md
 	@$(SETUP); python tools/export.py
 
 book:  ## the notebooks as a site that needs no network: _book/index.html
@@ -61,8 +61,6 @@ lab:  ## open JupyterLab on the index of the notebooks
 readme:  ## write README.md from nbs/index.ipynb
 	@$(SETUP); python tools/readme.py
 
-architecture:  ## draw the wings of the package and the imports between them: nbs/images/architecture.svg
-	@$(SETUP); python tools/architecture.py
 
 clean-env:  ## remove .venv (data, models and results stay)
 	rm -rf .venv unirec_companion.egg-info

@@ -56,8 +56,9 @@ def tool(name: str) -> str:
 
 
 def sources(root: Path) -> dict[str, bytes]:
-    "What the notebooks define: notebooks, exported modules and the README."
-    files = [*(root / "nbs").rglob("*.ipynb"), *(root / "unirec").rglob("*.py"), root / "README.md"]
+    "What the notebooks define: notebooks, exported modules, the README and the list of rooms."
+    written = [root / "README.md", root / "ARCHITECTURE.md", root / "nbs" / "images" / "architecture.svg"]
+    files = [*(root / "nbs").rglob("*.ipynb"), *(root / "unirec").rglob("*.py"), *written]
     return {
         str(f.relative_to(root)): f.read_bytes()
         for f in files
@@ -74,7 +75,7 @@ def check_house(counts: Counter) -> None:
             shutil.copytree(
                 ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
             )
-        for name in ("settings.ini", "pyproject.toml", "README.md"):
+        for name in ("settings.ini", "pyproject.toml", "README.md", "ARCHITECTURE.md"):
             if (ROOT / name).exists():
                 shutil.copy2(ROOT / name, copy / name)
         for name, command in (

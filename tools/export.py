@@ -1,6 +1,7 @@
-"""Export the notebooks to the package and format it: `python tools/export.py [root folder]`.
+"""Export the notebooks to the package, and list its rooms: `python tools/export.py [root folder]`.
 
 `nbdev_export` alone leaves blank lines that `ruff format` would move, and modules whose notebook is gone.
+The list of rooms is in ARCHITECTURE.md.
 """
 
 import re
@@ -29,6 +30,7 @@ def export(root: Path) -> None:
     for path in orphans(root / "unirec"):
         path.unlink()
     subprocess.run([tool("ruff"), "format", "--quiet", "unirec"], cwd=root, check=True)
+    subprocess.run([sys.executable, "tools/architecture.py", str(root)], cwd=root, check=True)
 
 
 if __name__ == "__main__":
