@@ -1,6 +1,6 @@
-"""Draw the wings and the imports between them, and list their rooms: `python tools/architecture.py [root folder]`.
+"""Draw the wings and the imports between them, and list the rooms: `python tools/architecture.py [root]`.
 
-Writes nbs/images/architecture.svg and the list in ARCHITECTURE.md. Both depend on the files of the package alone.
+Writes nbs/images/architecture.svg and the list in ARCHITECTURE.md, both from the files of the package.
 """
 
 import ast

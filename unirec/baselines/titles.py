@@ -354,6 +354,7 @@ def text_loss(model: TextLLM, batch: dict[str, Tensor]) -> Tensor:
     return info_nce(model(batch)[real], model.candidates(), batch["targets"][real], model.temperature())
 
 
+# %% ../../nbs/baselines/04_titles.ipynb #cell-029
 def probe(
     model: TextLLM, batches: list[dict], steps: int, lr: float, size: int = 512
 ) -> None:  # `size` positions a step

@@ -68,6 +68,8 @@ def run_schema(args: argparse.Namespace) -> None:
 # %% ../../nbs/data/24_commands.ipynb #cell-010
 # The keys of `READERS` and of `SPLITS`, which cannot be imported here: their modules import pandas.
 FORMATS = ("amazon2014", "amazon2018", "amazon2023", "recbole", "table", "yelp")
+
+
 SPLIT_RULES = ("leave_one_out", "last_k", "by_time")
 
 
@@ -95,6 +97,7 @@ def _add_files(group) -> None:
     )
 
 
+# %% ../../nbs/data/24_commands.ipynb #cell-011
 def _add_filters(group) -> None:
     "Which events are kept."
     for name, more in (("user", ""), ("item", "; 1 keeps cold items")):
@@ -113,6 +116,7 @@ def _add_filters(group) -> None:
     )
 
 
+# %% ../../nbs/data/24_commands.ipynb #cell-012
 def _add_split(group) -> None:
     "How the events are split, and what is drawn."
     group.add_argument(
@@ -158,6 +162,7 @@ def _add_split(group) -> None:
     )
 
 
+# %% ../../nbs/data/24_commands.ipynb #cell-013
 def add_prepare(p: argparse.ArgumentParser) -> None:
     "The options of `unirec prepare`."
     p.description = (
@@ -169,7 +174,7 @@ def add_prepare(p: argparse.ArgumentParser) -> None:
     _add_split(p.add_argument_group("how they are split"))
 
 
-# %% ../../nbs/data/24_commands.ipynb #cell-013
+# %% ../../nbs/data/24_commands.ipynb #cell-016
 def _find_stem(
     raw: Path,  # folder with raw files
     format: str,  # one of FORMATS
@@ -227,7 +232,7 @@ def _check_prepare(args: argparse.Namespace) -> None:
         )
 
 
-# %% ../../nbs/data/24_commands.ipynb #cell-014
+# %% ../../nbs/data/24_commands.ipynb #cell-017
 def attribute_block(a: Attribute) -> dict:
     "An attribute as a block of `schema` in params.yaml, without what is the default."
     block = {"type": a.type, "source": a.source}

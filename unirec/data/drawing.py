@@ -119,6 +119,8 @@ SHAPES = {  # category: (part, primitive, coordinates on a 96 x 96 grid, line wi
         ("light", "round", (40, 22, 70, 36), 2),
     ],
 }
+
+# %% ../../nbs/data/08_drawing.ipynb #cell-010
 ACCENTS = {
     "stripes": ((250, 240, 214), (120, 44, 40)),
     "dots": ((255, 255, 255), (44, 96, 150)),
@@ -129,7 +131,7 @@ ACCENTS = {
 }
 
 
-# %% ../../nbs/data/08_drawing.ipynb #cell-010
+# %% ../../nbs/data/08_drawing.ipynb #cell-011
 def _pattern(style, base, side, scale, phase):
     "A square of fabric in one style."
     light, dark = ACCENTS[style]
@@ -179,7 +181,7 @@ def _pattern(style, base, side, scale, phase):
     return image
 
 
-# %% ../../nbs/data/08_drawing.ipynb #cell-012
+# %% ../../nbs/data/08_drawing.ipynb #cell-013
 def _part(draw, primitive, box, width):
     "Draw one primitive, white on black, into a mask."
     if primitive == "rect":
@@ -200,7 +202,7 @@ def _part(draw, primitive, box, width):
         draw.pieslice(box, 180, 360, fill=255)
 
 
-# %% ../../nbs/data/08_drawing.ipynb #cell-013
+# %% ../../nbs/data/08_drawing.ipynb #cell-014
 def draw_product(
     category: str,  # a key of CATEGORIES
     style: str,  # one of STYLES
@@ -257,7 +259,7 @@ def draw_product(
     return image if side == 96 else image.resize((side, side), Image.Resampling.NEAREST)
 
 
-# %% ../../nbs/data/08_drawing.ipynb #cell-014
+# %% ../../nbs/data/08_drawing.ipynb #cell-015
 def pictures(
     config: SampleConfig,  # the world
     items: pd.DataFrame,  # its catalogue

@@ -168,6 +168,7 @@ def join_reviews(interactions: Path, reviews: Path, out: Path) -> tuple[dict, se
     return counts, items
 
 
+# %% ../../nbs/data/18_releases.ipynb #cell-012
 def join_items(meta: Path, items: set[str], out: Path) -> dict:  # counts
     "Write the metadata of the items of a list; raises ValueError that names file and row."
     seen = set()
@@ -200,7 +201,7 @@ def five_core(stem: str, interactions: str) -> Callable[[Path, Path], dict]:
     return make
 
 
-# %% ../../nbs/data/18_releases.ipynb #cell-016
+# %% ../../nbs/data/18_releases.ipynb #cell-017
 AMAZON_HUB = "hub:McAuley-Lab/Amazon-Reviews-2023@2b6d039ed471f2ba5fd2acb718bf33b0a7e5598e"
 AMAZON_SITES = (
     "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023",
@@ -260,7 +261,7 @@ def _amazon2014_release(title: str, category: str) -> Release:
     )
 
 
-# %% ../../nbs/data/18_releases.ipynb #cell-017
+# %% ../../nbs/data/18_releases.ipynb #cell-018
 def _movielens_from_package(fetched: Path, folder: Path) -> dict:
     "MovieLens-100k from the package that carries it."
     package = importlib.util.find_spec("recbole")
@@ -295,7 +296,7 @@ def _sample(fetched: Path, folder: Path) -> dict:
     return {}
 
 
-# %% ../../nbs/data/18_releases.ipynb #cell-018
+# %% ../../nbs/data/18_releases.ipynb #cell-019
 GROUPLENS = "GroupLens' terms: research use, not to be passed on"
 YELP_STEPS = (
     "Read and accept the licence there, which no program can do for you, download the JSON files (and for"

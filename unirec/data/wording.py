@@ -112,6 +112,8 @@ PHRASES = {  # function: (adjectives, purposes, sentences)
         ),
     ),
 }
+
+# %% ../../nbs/data/07_wording.ipynb #cell-011
 CARE = (
     "Wipe clean with a damp cloth.",
     "Delivered within a week.",
@@ -121,7 +123,7 @@ CARE = (
 )
 
 
-# %% ../../nbs/data/07_wording.ipynb #cell-011
+# %% ../../nbs/data/07_wording.ipynb #cell-012
 def _one(options, r):
     return options[int(r * len(options))]  # r in 0..1
 
@@ -153,7 +155,7 @@ def item_text(item, r: np.ndarray) -> tuple:
     return title, [] if item.hide_description else text[::-1] if r[7] < 0.3 else text
 
 
-# %% ../../nbs/data/07_wording.ipynb #cell-014
+# %% ../../nbs/data/07_wording.ipynb #cell-015
 LIKED = {
     "style": (
         "The look won me over",
@@ -226,6 +228,8 @@ LIKED = {
         "A pleasant surprise",
     ),
 }
+
+# %% ../../nbs/data/07_wording.ipynb #cell-016
 DISLIKED = {
     "style": (
         "Not my taste at all once I saw it",
@@ -261,11 +265,15 @@ DISLIKED = {
     ),
     "none": ("Not for me", "I expected more", "Just an ordinary {noun}"),
 }
+
+
 ENDINGS = {
     1: ("I sent it back.", "Would not buy again.", "Save your money."),
     3: ("It will do.", "Neither good nor bad.", "There may be better ones."),
     5: ("Would buy again.", "Recommended.", "Five stars from me.", "Very pleased."),
 }
+
+# %% ../../nbs/data/07_wording.ipynb #cell-017
 HEADLINES = {
     1: ("Disappointed", "No", "Not again"),
     2: ("Could be better", "Hm", "Below my hopes"),
@@ -275,7 +283,7 @@ HEADLINES = {
 }
 
 
-# %% ../../nbs/data/07_wording.ipynb #cell-015
+# %% ../../nbs/data/07_wording.ipynb #cell-018
 def compose_review(event, item, previous, r: np.ndarray) -> tuple:
     "Headline and text of a review that names its reason; r: 12 random numbers."
     reason = FACTORS[event.reason] if event.reason >= 0 else "none"

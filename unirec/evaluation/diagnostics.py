@@ -301,6 +301,7 @@ def _about_schema(pairs: pd.DataFrame) -> str:
     )
 
 
+# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-053
 def _about_lengths(lengths: pd.DataFrame, recent: int) -> str:
     compared = lengths.dropna(subset="difference")
     if not len(compared):
@@ -348,7 +349,7 @@ def findings(
     ]
 
 
-# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-053
+# %% ../../nbs/evaluation/06_diagnostics.ipynb #cell-054
 def diagnose(
     model: UniRec,
     train: Histories,

@@ -76,6 +76,7 @@ def made_from(
     return made == json.loads(json.dumps(dict(block)))
 
 
+# %% ../../nbs/experiments/04_inputs.ipynb #cell-007
 def has_set(root: Path, params: Mapping, dataset: str) -> bool:
     """Are tables and vectors of a data set there?
 
@@ -116,7 +117,7 @@ def has_set(root: Path, params: Mapping, dataset: str) -> bool:
     return True
 
 
-# %% ../../nbs/experiments/04_inputs.ipynb #cell-008
+# %% ../../nbs/experiments/04_inputs.ipynb #cell-009
 def toy_project(root: Path) -> dict:  # its parameters
     "Tables, vectors and params.yaml of the toy without its pictures: for tests and demonstrations."
     params = toy_params() | {"datasets": ["toy"]}
@@ -132,7 +133,7 @@ def toy_project(root: Path) -> dict:  # its parameters
     return params
 
 
-# %% ../../nbs/experiments/04_inputs.ipynb #cell-011
+# %% ../../nbs/experiments/04_inputs.ipynb #cell-012
 def hold_out(
     prepared: Path,
     raw: Path | None,  # with the pictures; None: there are none
@@ -157,7 +158,7 @@ def hold_out(
     embed(out / "prepared", raw, spec, encode, out / "embeddings")
 
 
-# %% ../../nbs/experiments/04_inputs.ipynb #cell-013
+# %% ../../nbs/experiments/04_inputs.ipynb #cell-014
 @dataclass
 class Inputs:
     "A data set under one protocol: what training sees, and where the test events are."
@@ -202,7 +203,7 @@ def data_key(
     return out.hexdigest()[:16]
 
 
-# %% ../../nbs/experiments/04_inputs.ipynb #cell-014
+# %% ../../nbs/experiments/04_inputs.ipynb #cell-015
 def load_inputs(
     root: Path,
     params: Mapping,
@@ -251,7 +252,7 @@ def _make_held_out(root: Path, spec: SetSpec, encode: Mapping, out: Path, k: int
     (out / "made.json").write_text(json.dumps(made))
 
 
-# %% ../../nbs/experiments/04_inputs.ipynb #cell-017
+# %% ../../nbs/experiments/04_inputs.ipynb #cell-018
 @cache
 def _text_encoder(encode: str, schema) -> Callable:  # encode: params.yaml's block as JSON
     "The text encoder of names and types, loaded once."
@@ -313,7 +314,7 @@ def changed_items(
     return replace(catalogue, mask=mask)
 
 
-# %% ../../nbs/experiments/04_inputs.ipynb #cell-020
+# %% ../../nbs/experiments/04_inputs.ipynb #cell-021
 def move_to(net: UniRec, catalogue: Catalogue) -> None:
     "Let a model read another catalogue; changes it."
     known = [TABLES.index(name) for name in net.items.triplets.tables] + [len(TABLES)]
@@ -324,7 +325,7 @@ def move_to(net: UniRec, catalogue: Catalogue) -> None:
     net.items.update_centre(net.catalogue)
 
 
-# %% ../../nbs/experiments/04_inputs.ipynb #cell-022
+# %% ../../nbs/experiments/04_inputs.ipynb #cell-023
 def rank_table(
     trained: Trained,
     inputs: Inputs,  # that it is tested on

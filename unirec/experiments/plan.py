@@ -140,6 +140,7 @@ def _with_sets(sets: Mapping, study: Study, common: Mapping) -> dict:
     return out
 
 
+# %% ../../nbs/experiments/02_plan.ipynb #cell-012
 def _wrong_variants(study: Study, params: Mapping) -> Iterator[str]:
     "Variants with unknown attributes or parameters, and two that would be one run."
     for name, at in study.test_time.items():

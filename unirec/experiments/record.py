@@ -212,6 +212,7 @@ def _user_mean(ranks: pd.DataFrame) -> pd.Series:
     return (1 / ranks.full).groupby([ranks.run, ranks.user]).mean().groupby("run").mean()
 
 
+# %% ../../nbs/experiments/05_record.ipynb #cell-016
 def load_record(
     root: Path,
     study: Study,
@@ -250,6 +251,7 @@ def load_record(
     return Record(study, mine, ranks, len(wanted), int(mine.stale.sum()), len(rows) - len(mine))
 
 
+# %% ../../nbs/experiments/05_record.ipynb #cell-017
 def _check_ranks(path: Path, rows: pd.DataFrame, ranks: pd.DataFrame) -> None:
     "Is the MRR of each row that of its ranks?"
     recomputed = rows.run.map(_user_mean(ranks))

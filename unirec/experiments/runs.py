@@ -127,6 +127,7 @@ class Selection:
         )
 
 
+# %% ../../nbs/experiments/09_runs.ipynb #cell-010
 @dataclass
 class _Runner:
     "A study with what was loaded for it."
@@ -189,6 +190,7 @@ class _Runner:
         return left
 
 
+# %% ../../nbs/experiments/09_runs.ipynb #cell-011
 def run_study(
     root: Path,
     name: str,  # of a file in experiments/
@@ -218,7 +220,7 @@ def run_study(
     return trained, busy
 
 
-# %% ../../nbs/experiments/09_runs.ipynb #cell-016
+# %% ../../nbs/experiments/09_runs.ipynb #cell-018
 def recorded(root: Path, name: str) -> tuple[Record, dict]:  # the record; parameters
     "Everything that is recorded of a study with its present settings, from committed files alone."
     study, params = load_study(Path(root), name)
@@ -250,7 +252,7 @@ def judge_study(
     return [*tables.values()][-1] if tables else record.rows
 
 
-# %% ../../nbs/experiments/09_runs.ipynb #cell-022
+# %% ../../nbs/experiments/09_runs.ipynb #cell-024
 def add_run(parser: argparse.ArgumentParser) -> None:
     "The arguments of `unirec run`."
     parser.description = (
@@ -283,6 +285,7 @@ def _chosen(option: str | None, name: str, known: Iterable) -> list | None:
     return [by_text[part] for part in parts]
 
 
+# %% ../../nbs/experiments/09_runs.ipynb #cell-025
 def run_studies(args: argparse.Namespace) -> None:
     "`unirec run STUDY ...`, in the project's folder; raises ValueError or OSError for bad input."
     root = Path()
@@ -312,6 +315,7 @@ def run_studies(args: argparse.Namespace) -> None:
             print(_in_short(table).to_string(index=False))
 
 
+# %% ../../nbs/experiments/09_runs.ipynb #cell-026
 def _in_short(table: pd.DataFrame) -> pd.DataFrame:
     "The columns of a table that fit into a terminal."
     kept = [

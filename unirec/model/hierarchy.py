@@ -30,9 +30,12 @@ from .triplets import TripletConfig, TripletEncoder
 
 # %% ../../nbs/model/06_hierarchy.ipynb #cell-006
 USER_LEVELS = ("qformer", "flat", "none")
+
+
 CANDIDATES = ("head", "mean")
 
 
+# %% ../../nbs/model/06_hierarchy.ipynb #cell-007
 @dataclass
 class EncoderConfig:
     "Shape of both levels; every field stands in params.yaml under `model`."
@@ -128,7 +131,7 @@ class EncoderConfig:
         )
 
 
-# %% ../../nbs/model/06_hierarchy.ipynb #cell-009
+# %% ../../nbs/model/06_hierarchy.ipynb #cell-010
 class ItemEncoder(nn.Module):
     "Attributes of items -> item tokens (n, K_item, width) and candidate embeddings (n, out)."
 
@@ -181,7 +184,7 @@ class ItemEncoder(nn.Module):
         return torch.stack(maps).mean((0, 2))
 
 
-# %% ../../nbs/model/06_hierarchy.ipynb #cell-013
+# %% ../../nbs/model/06_hierarchy.ipynb #cell-014
 class Reconstruction(nn.Module):
     "Item tokens and an attribute's name and type -> the attribute's value vector."
 
@@ -217,7 +220,7 @@ class Reconstruction(nn.Module):
         return loss / max(1, int(count))
 
 
-# %% ../../nbs/model/06_hierarchy.ipynb #cell-016
+# %% ../../nbs/model/06_hierarchy.ipynb #cell-017
 class EventEncoder(nn.Module):
     """Item, time, rating and review of an event -> what the user level reads (B, T, S, width);
     S = 1, or the attributes of an item where `user_level` is flat."""
@@ -254,7 +257,7 @@ class EventEncoder(nn.Module):
         return self.dropout(self.norm(x)), exists
 
 
-# %% ../../nbs/model/06_hierarchy.ipynb #cell-018
+# %% ../../nbs/model/06_hierarchy.ipynb #cell-019
 class UserEncoder(nn.Module):
     "Events of histories -> user tokens (B, P, K_user, width) and their pooled query (B, P, out)."
 

@@ -141,6 +141,7 @@ def _first_layers(body: nn.Module, layers: int) -> dict[str, Tensor]:
     return kept
 
 
+# %% ../../nbs/model/07_llm.ipynb #cell-012
 def _shape(config: Any, layers: int) -> dict:
     "The settings that rebuild a body of so many layers."
     unused = ("quantization_config", "dtype", "architectures")
@@ -163,7 +164,7 @@ def _write_entry(entry: Path, settings: dict, tensors: dict[str, Tensor]) -> Non
         pass  # another process was first; its entry is the same
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-012
+# %% ../../nbs/model/07_llm.ipynb #cell-013
 def load_llm(
     config: LLMConfig,
 ) -> tuple[nn.Module, Tensor, float, str, Tensor]:
@@ -217,7 +218,7 @@ def _random_weights(state: dict[str, Tensor], std: float, generator: torch.Gener
     return drawn
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-015
+# %% ../../nbs/model/07_llm.ipynb #cell-016
 def lora_modules(body: nn.Module) -> list[str]:
     "Names of the linear layers that get adapters; raises ValueError where there are none."
     linear = {n.rpartition(".")[2] for n, m in body.named_modules() if isinstance(m, nn.Linear)}
@@ -227,7 +228,7 @@ def lora_modules(body: nn.Module) -> list[str]:
     return names
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-017
+# %% ../../nbs/model/07_llm.ipynb #cell-018
 def adapted(body: nn.Module, config: LLMConfig) -> nn.Module:
     "The body with trainable adapters on its frozen layers; as it is where `adapt` is frozen."
     if config.adapt == "frozen":

@@ -219,6 +219,7 @@ def _print_new_item(recommender, attributes: dict, args: argparse.Namespace) -> 
     print(table_text(recommender.new_item(attributes, args.top, args.user, args.history)))
 
 
+# %% ../../nbs/pipeline/10_commands.ipynb #cell-013
 def run_recommend(args: argparse.Namespace) -> None:
     "Print the top of the catalogue, or for whom a new item comes up."
     attributes = read_attributes(args)
@@ -250,7 +251,7 @@ def run_recommend(args: argparse.Namespace) -> None:
             print(f"\n* is what the user chose next; its rank is {rank:g}.")
 
 
-# %% ../../nbs/pipeline/10_commands.ipynb #cell-015
+# %% ../../nbs/pipeline/10_commands.ipynb #cell-016
 def add_doctor(p: argparse.ArgumentParser) -> None:
     "The options of `unirec doctor`."
     p.description = (
@@ -282,6 +283,7 @@ def add_doctor(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
 
 
+# %% ../../nbs/pipeline/10_commands.ipynb #cell-017
 def run_doctor(args: argparse.Namespace) -> None:
     "Look at the machine and the profiles, or do a dry run of one."
     if not (args.root / "profiles").is_dir():

@@ -111,6 +111,7 @@ def data_at_hand(params: Mapping, name: str) -> str:
     )
 
 
+# %% ../../nbs/pipeline/06_doctor.ipynb #cell-013
 def profile_lines(profile: Profile, machine: Machine, root: Path) -> list[str]:
     "What a profile needs, and what of it is here."
     p, n = profile.fitted(machine), profile.needs
@@ -154,7 +155,7 @@ def profile_lines(profile: Profile, machine: Machine, root: Path) -> list[str]:
     return [f"needs  {', '.join(short)}", *weights, *data, *step]
 
 
-# %% ../../nbs/pipeline/06_doctor.ipynb #cell-015
+# %% ../../nbs/pipeline/06_doctor.ipynb #cell-016
 def doctor_report(
     root: Path,  # the project's folder
     names: list[str] | None = None,  # profiles; None: all

@@ -139,6 +139,7 @@ def dry_params(profile: Profile) -> dict:
     return merged_strictly(params, nested(changes))
 
 
+# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-010
 def two_steps(data: Data, params: Mapping, folder: Path, log: Callable[[str], None]) -> dict:
     """Pretrain and fine-tune two steps each, by the functions of the stages.
 
@@ -168,6 +169,7 @@ def two_steps(data: Data, params: Mapping, folder: Path, log: Callable[[str], No
     return out
 
 
+# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-011
 def examine(data: Data, params: Mapping, checkpoint: Path) -> dict:
     "Parameters, units, and a whole step of stage 2."
     config, llm_config = EncoderConfig(**params["model"]), LLMConfig(**params["llm"])
@@ -195,13 +197,15 @@ def examine(data: Data, params: Mapping, checkpoint: Path) -> dict:
     }
 
 
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-011
+# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-013
 # of a profile's `sizes`
 _SIZES = {
     "set": "text",
     "source": "text",
     **dict.fromkeys(("users", "items", "events", "item_text", "review_text"), "number"),
 }
+
+
 _PEAK = {"tflops": "number", "gb": "number", "source": "text"}  # of a GPU in gpus.yaml
 
 
@@ -227,6 +231,7 @@ def check_inputs(
     return gpus
 
 
+# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-014
 def dry_run(
     profile: Profile,
     root: Path,  # the project's folder
@@ -277,7 +282,7 @@ def dry_run(
     }
 
 
-# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-012
+# %% ../../nbs/pipeline/07_dry_run.ipynb #cell-015
 def dry_run_text(
     result: Mapping,  # of `dry_run`
 ) -> str:

@@ -92,6 +92,7 @@ def computed_tokens(model: UniRec, batch: Mapping[str, Tensor]) -> int:
     return histories * (shared + batch["positions"].shape[1] * batch_branch(model))
 
 
+# %% ../../nbs/pipeline/06_operations.ipynb #cell-010
 def model_units(model: UniRec, batch: Mapping[str, Tensor]) -> dict:
     "Count one item, one position and one token of the LLM, and what training each costs."
     catalogue, llm_part = model.catalogue, model.llm
@@ -122,7 +123,7 @@ def model_units(model: UniRec, batch: Mapping[str, Tensor]) -> dict:
     }
 
 
-# %% ../../nbs/pipeline/06_operations.ipynb #cell-011
+# %% ../../nbs/pipeline/06_operations.ipynb #cell-012
 def counted_step(model: UniRec, batch: dict, loss: LossConfig, units: Mapping) -> dict:
     "Operations of one training step: counted as a whole, and from the units."
     encoded = []
@@ -147,7 +148,7 @@ def counted_step(model: UniRec, batch: dict, loss: LossConfig, units: Mapping) -
     }
 
 
-# %% ../../nbs/pipeline/06_operations.ipynb #cell-013
+# %% ../../nbs/pipeline/06_operations.ipynb #cell-014
 def _steps_an_epoch(batch: Mapping, windows: float) -> int:
     "Training steps of an epoch."
     steps = max(math.ceil(windows / batch["size"]), batch["steps"])

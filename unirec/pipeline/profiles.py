@@ -46,17 +46,26 @@ PROFILE_FIELDS = {
     "sizes": "mapping",
     "needs": "mapping",
 }
+
+
 NEEDS = {"gpu_gb": "number", "disk_gb": "number", "network": "flag"}
+
+
 MEMORY_LINE = {"gb": "number", "set": "mapping"}  # of `memory`
+
+
 _STAGE_PARAMS = [
     f"{stage}.{name}"
     for stage in ("pretrain", "finetune")
     for name in ("batch.size", "fit.accumulate", "fit.precision")
 ]
+
+
 # of params.yaml, by whoever reads a profile
 _USED_PARAMS = ["data", "sets", "encode.text", "encode.image", "llm.uri", *_STAGE_PARAMS]
 
 
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-007
 @dataclass
 class Profile:
     "What differs from params.yaml, and what it takes."
@@ -84,6 +93,7 @@ class Profile:
         )
 
 
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-008
 def check_fields(
     values: object,
     wanted: Mapping[str, str],  # name -> kind
@@ -108,7 +118,7 @@ def check_fields(
             )
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-007
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-009
 def profile_file(name: str, root: Path) -> dict:
     "The content of one profile's file, without its base; raises ValueError that names file and field."
     where = f"profiles/{name}.yaml"
@@ -153,6 +163,7 @@ def _check_datasets(name: str, params: Mapping) -> None:
         )
 
 
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-010
 def read_profile(
     name: str,
     root: Path,  # the project's folder
@@ -174,7 +185,7 @@ def read_profile(
     return Profile(name, params=params, **fields)
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-012
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-015
 _SHARED_STAGES = ("embed", "pretrain", "finetune")
 
 
@@ -229,7 +240,7 @@ def make_workspace(
         _write_if_changed(folder / "data.dvc", b"deps:\n- path: downloads\nouts:\n- path: data\n")
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-015
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-018
 def with_models(
     profile: Profile,
     params: Mapping,
@@ -257,7 +268,7 @@ def with_models(
     return merged_strictly(params, nested({"llm.uri": str(link.relative_to(folder))}))
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-022
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-025
 def profile_warning(
     profile: Profile,
     machine: Machine,
@@ -292,7 +303,7 @@ def profile_warning(
     )
 
 
-# %% ../../nbs/pipeline/05_profiles.ipynb #cell-025
+# %% ../../nbs/pipeline/05_profiles.ipynb #cell-028
 def run_profile(
     name: str,
     root: Path,  # the project's folder

@@ -130,6 +130,7 @@ class Run:
         return record
 
 
+# %% ../../nbs/pipeline/04_runner.ipynb #cell-010
 def git_revision() -> str | None:
     "The git revision, with `-dirty` where sources or parameters have changed; None without git."
 
@@ -145,7 +146,7 @@ def git_revision() -> str | None:
     return head.stdout.strip() + ("-dirty" if changed else "")
 
 
-# %% ../../nbs/pipeline/04_runner.ipynb #cell-011
+# %% ../../nbs/pipeline/04_runner.ipynb #cell-012
 def begin_stage(
     stage: str,
     dataset: str,
@@ -175,7 +176,7 @@ def begin_stage(
     return Run(stage, dataset, scratch, stage_params(whole, stage, dataset))
 
 
-# %% ../../nbs/pipeline/04_runner.ipynb #cell-015
+# %% ../../nbs/pipeline/04_runner.ipynb #cell-016
 def strip_volatile(
     path: Path,  # an executed notebook, changed in place
 ) -> None:
@@ -195,7 +196,7 @@ def strip_volatile(
     nbformat.write(nb, path)
 
 
-# %% ../../nbs/pipeline/04_runner.ipynb #cell-018
+# %% ../../nbs/pipeline/04_runner.ipynb #cell-019
 def run_stage(
     stage: str,
     dataset: str,

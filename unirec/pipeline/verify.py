@@ -101,6 +101,7 @@ def write_reference(
     return written
 
 
+# %% ../../nbs/pipeline/05_verify.ipynb #cell-014
 def verify(
     root: Path = Path("."),  # of the checkout
 ) -> bool:  # is all fine

@@ -163,6 +163,7 @@ def read_verdicts(
     return table
 
 
+# %% ../../nbs/report/06_answers.ipynb #cell-014
 def verdict_table(
     verdicts: pd.DataFrame,  # of `read_verdicts`, of one study
 ) -> str:
@@ -206,7 +207,7 @@ def verdict_table(
     return label + markdown(rows)
 
 
-# %% ../../nbs/report/06_answers.ipynb #cell-016
+# %% ../../nbs/report/06_answers.ipynb #cell-017
 # data set -> colour
 SET_COLOURS = {
     "sample": "#7fb3ae",
@@ -217,6 +218,7 @@ SET_COLOURS = {
 }
 
 
+# %% ../../nbs/report/06_answers.ipynb #cell-018
 @mpl.rc_context(PLOT_STYLE)
 def verdict_plot(
     verdicts: pd.DataFrame,  # of `read_verdicts`
@@ -259,6 +261,7 @@ def verdict_plot(
     return figure
 
 
+# %% ../../nbs/report/06_answers.ipynb #cell-019
 def _draw_share(axes: Axes, y: float, row, limit: float) -> None:  # row: of `read_verdicts`
     "One line: thick the 95% interval, thin the corrected one; a dot beyond the edge has its figure."
     colour = SET_COLOURS.get(row.tested_on, OTHERS)
@@ -281,7 +284,7 @@ def _draw_share(axes: Axes, y: float, row, limit: float) -> None:  # row: of `re
         )  # fmt: skip
 
 
-# %% ../../nbs/report/06_answers.ipynb #cell-019
+# %% ../../nbs/report/06_answers.ipynb #cell-022
 def overview(
     root: Path,  # of the project
     protocol: str = "leave_one_out",

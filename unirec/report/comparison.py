@@ -166,6 +166,7 @@ def _leads_or_trails(
     return f"{'leads' if relative > 0 else 'trails'} by {abs(relative):.1%}"
 
 
+# %% ../../nbs/report/04_comparison.ipynb #cell-017
 def _best_on_test_sentence(
     table: pd.DataFrame,  # rows of one data set
     protocol: str,
@@ -212,7 +213,7 @@ def data_set_sentence(
     return text + _best_on_test_sentence(table, protocol, row["model"], reference["model"])
 
 
-# %% ../../nbs/report/04_comparison.ipynb #cell-020
+# %% ../../nbs/report/04_comparison.ipynb #cell-021
 def overall_sentence(
     tables: Mapping[str, pd.DataFrame],  # data set, as it is to be called -> its rows
     protocol: str = "leave_one_out",
@@ -243,7 +244,7 @@ def overall_sentence(
     )
 
 
-# %% ../../nbs/report/04_comparison.ipynb #cell-023
+# %% ../../nbs/report/04_comparison.ipynb #cell-024
 def progress_sentence(
     results: Path,  # results folder
     dataset: str,
@@ -263,7 +264,7 @@ def progress_sentence(
     return f"The comparison: {count}."
 
 
-# %% ../../nbs/report/04_comparison.ipynb #cell-026
+# %% ../../nbs/report/04_comparison.ipynb #cell-027
 RANKING_RULES = {
     ("leave_one_out", "full"): "last event, full",
     ("leave_one_out", "full_new"): "new to the user",
@@ -289,7 +290,7 @@ def robustness_frame(
     return pd.DataFrame(rows, columns=["model", *columns])
 
 
-# %% ../../nbs/report/04_comparison.ipynb #cell-029
+# %% ../../nbs/report/04_comparison.ipynb #cell-030
 def _title_of(
     name: str,  # a data set
     sets: Mapping[str, Mapping],  # data set -> its settings; `synthetic` is read
@@ -336,7 +337,7 @@ def comparison_markdown(
     return "\n\n".join(parts) + "\n"
 
 
-# %% ../../nbs/report/04_comparison.ipynb #cell-033
+# %% ../../nbs/report/04_comparison.ipynb #cell-034
 def _protocol_view(
     table: pd.DataFrame,  # rows of one data set
     dataset: str,

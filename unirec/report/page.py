@@ -130,6 +130,7 @@ def relative_change(
     return f"{new / old - 1:+.1%}"
 
 
+# %% ../../nbs/report/05_page.ipynb #cell-018
 def llm_share_frame(
     share: Mapping,  # of llm_share.json: model -> mrr, mrr_without_llm, norm_share, gate
 ) -> pd.DataFrame | None:  # of cells; None: no model has a language model
@@ -155,6 +156,7 @@ def llm_share_frame(
     return pd.DataFrame(rows, columns=["model", "MRR", "without", "change", "norm", "gate"]) if rows else None
 
 
+# %% ../../nbs/report/05_page.ipynb #cell-019
 def runs_frame(
     runs: Sequence[Mapping],  # of run_<stage>.json
 ) -> pd.DataFrame:  # of cells; the last row is the sum of the times
@@ -180,7 +182,7 @@ def runs_frame(
     return pd.DataFrame(rows, columns=heads)
 
 
-# %% ../../nbs/report/05_page.ipynb #cell-020
+# %% ../../nbs/report/05_page.ipynb #cell-022
 def plots(
     folder: Path,  # results of one data set
     salt: str,  # different for each data set of a page
@@ -197,7 +199,7 @@ def plots(
     return {"comparison": inline_svg(plot_comparison(rows), salt, words), "curves": drawn}
 
 
-# %% ../../nbs/report/05_page.ipynb #cell-023
+# %% ../../nbs/report/05_page.ipynb #cell-025
 def users_view(
     path: Path,  # examples.json of a data set
     entry: Mapping,  # its settings
@@ -226,6 +228,7 @@ def users_view(
     return view, allowed, synthetic
 
 
+# %% ../../nbs/report/05_page.ipynb #cell-026
 def set_view(
     results: Path,  # results folder
     predictions: Path,  # predictions folder
@@ -270,7 +273,7 @@ def set_view(
     }
 
 
-# %% ../../nbs/report/05_page.ipynb #cell-026
+# %% ../../nbs/report/05_page.ipynb #cell-029
 BUDGETS = {"quick": "a quick run; claims never come from it", "full": "the full comparison"}
 
 
@@ -310,7 +313,7 @@ def render_page(
     )
 
 
-# %% ../../nbs/report/05_page.ipynb #cell-028
+# %% ../../nbs/report/05_page.ipynb #cell-031
 def build_page(
     results: Path,  # folder with a subfolder of results for each data set
     predictions: Path,  # folder with a subfolder of predictions for each data set

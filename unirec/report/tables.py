@@ -297,11 +297,15 @@ LIST_HEADS = {
     "popularity_bias": ("popularity bias", "{:+.2f}"),
     "diversity": ("diversity", "{:.2f}"),
 }
+
+
 TIE_HEADS = {
     "model": ("model", ""),
     "mrr": ("ties at their average", "{:.4f}"),
     "mrr_shuffled": ("ties shuffled", "{:.4f}"),
 }
+
+
 RETRIEVAL_HEADS = {
     "model": ("model", ""),
     "retrieval": ("retrieval", ""),
@@ -313,6 +317,7 @@ RETRIEVAL_HEADS = {
 }
 
 
+# %% ../../nbs/report/02_tables.ipynb #cell-031
 def evaluation_view(
     folder: Path,  # results of one data set
     order: list[str],  # models by full MRR, best first
@@ -347,6 +352,7 @@ def evaluation_view(
     }
 
 
+# %% ../../nbs/report/02_tables.ipynb #cell-032
 def groups_plot(
     groups: pd.DataFrame,  # rows of breakdowns.csv
     models: list[str],  # those that are drawn, in this order

@@ -344,6 +344,7 @@ def _objective(
     return Objective(model, loss, recon, share, groups, frozen, average)
 
 
+# %% ../../nbs/training/03_objective.ipynb #cell-027
 def train(
     data: Data,  # has no way to the test split
     encoder: EncoderConfig,
