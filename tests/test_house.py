@@ -365,23 +365,3 @@ def test_dvc_is_quiet_and_offline(root):
     assert (
         "{plot_divs}" in page and "{scripts}" not in page and not re.search(r"<script[^>]*\bsrc=|<link", page)
     )
-
-
-LARGEST_MODULE, LONGEST_LINE = 400, 110
-
-
-def test_every_room_is_small(root):
-    "A module of the package has at most 400 lines, none longer than 110 characters."
-    wrong = []
-    for path in sorted((root / "unirec").rglob("*.py")):
-        if path.name == "_modidx.py":
-            continue
-        lines = path.read_text(encoding="utf8").splitlines()
-        if len(lines) > LARGEST_MODULE:
-            wrong.append(f"{path.relative_to(root)}: {len(lines)} lines")
-        wrong += [
-            f"{path.relative_to(root)}:{n}: {len(line)} characters"
-            for n, line in enumerate(lines, 1)
-            if len(line) > LONGEST_LINE
-        ]
-    assert not wrong, "\n".join(wrong[:20])
