@@ -25,12 +25,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pandas.io.parsers import TextFileReader
 
 from .canonical import EVENTS, events_table, item_sources, items_table
 from .jsonl import line_blocks, raw_file, read_jsonl
@@ -61,7 +62,7 @@ def _text_parts(path: Path, **how) -> Iterator[pd.DataFrame]:  # how: options of
     try:
         # pandas would call the second column of one name `name.1`
         check_distinct(pd.read_csv(path, header=None, nrows=1, **options).iloc[0].dropna(), path)
-        with pd.read_csv(path, chunksize=ROWS, **options) as parts:
+        with cast(TextFileReader, pd.read_csv(path, chunksize=ROWS, **options)) as parts:
             for part in parts:
                 # pandas makes an index of the first fields of a row that has too many
                 if not isinstance(part.index, pd.RangeIndex):
