@@ -100,7 +100,7 @@ def test_ranks_and_losses_of_the_papers_form(toy, plain):
 def test_the_whole_evaluation_on_another_device(toy, tmp_path, monkeypatch):
     "The stage's function writes the same files; opponents stay where they are trained."
     folder, params, data = toy
-    monkeypatch.setattr(steps, "pick_device", lambda: AWAY)
+    monkeypatch.setattr(evaluate, "pick_device", lambda: AWAY)
     with pretend_device.Pretend():
         table = evaluate.evaluate(
             data,

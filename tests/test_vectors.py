@@ -27,7 +27,8 @@ from unirec.encoders.store import build_store
 SCRIPT = Path(cache_toy.__file__)
 DISTINCT = len(set(WORDS))
 CUT = sum(len(w) > 10 for w in WORDS)
-STRIDE = 17  # of the lines at which a process is killed; no period of the loop over chunks
+LINES = 1000  # more than a whole run executes in the cache's module
+STRIDE = 23  # of the lines at which a process is killed; no period of the loop over chunks
 
 
 def run(folder: Path, attempts: dict) -> dict:
@@ -67,7 +68,7 @@ def ended(tmp_path_factory) -> tuple[Path, dict]:
         "waits": [[{"wait": 0.05, "kill_write": 3}, {"wait": 0.01}]],
         "small": [{"largest": 600}, {}],
     }
-    attempts |= {f"line_{n}": [{"kill_line": n}, {}] for n in range(1, 700, STRIDE)}
+    attempts |= {f"line_{n}": [{"kill_line": n}, {}] for n in range(1, LINES, STRIDE)}
     return folder, run(folder, attempts)
 
 
@@ -77,10 +78,10 @@ def ended(tmp_path_factory) -> tuple[Path, dict]:
 def test_killed_at_any_line(ended):
     folder, runs = ended
     plain = runs["count"][0]
-    assert plain["right"] and plain["cut"] == CUT and 300 < plain["lines"] < 700, (
+    assert plain["right"] and plain["cut"] == CUT and LINES / 2 < plain["lines"] < LINES, (
         "the range of lines above is to cover a whole run"
     )
-    for n in range(1, 700, STRIDE):
+    for n in range(1, LINES, STRIDE):
         first, second = runs[f"line_{n}"]
         assert first["code"] == (-9 if n <= plain["lines"] else 0) and second["code"] == 0, (n, first, second)
         assert second["right"] and second["cut"] == CUT and not second["log"], (n, second)
