@@ -18,7 +18,6 @@ from unirec.model.hierarchy import EncoderConfig
 from unirec.model.llm import LLMConfig
 from unirec.model.recommender import UniRec
 from unirec.pipeline import evaluate
-from unirec.pipeline import stages as steps
 from unirec.pipeline.profiles import read_profile
 from unirec.pipeline.random_weights import random_models
 from unirec.training.objective import LossConfig, step_loss
