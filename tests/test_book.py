@@ -416,7 +416,7 @@ def test_search_finds_a_chapter_and_a_symbol(site, served, chromium, where, star
         lambda r: outside.append(r.url) if not r.url.startswith((base, "data:", "blob:", "about:")) else None,
     )
     page.goto(f"{base}/{start}")
-    for words, target in (("Gumbel", "marketplace.html"), ("split_hash", "reference/data.splits.html")):
+    for words, target in (("Gumbel", "simulation.html"), ("split_hash", "reference/data.splits.html")):
         page.locator("[data-md-component=search-query]").fill("")
         page.locator("[data-md-component=search-query]").press_sequentially(words)
         page.locator(f'.md-search-result__link[href*="{target}"]').first.wait_for(timeout=60_000)
