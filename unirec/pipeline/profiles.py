@@ -218,7 +218,7 @@ def make_workspace(
 ) -> None:
     "Make a folder in which `dvc repro` runs the seven stages with these parameters, or bring it up to date."
     sources = [
-        *sorted((root / "unirec").rglob("*.py")),
+        *(p for p in sorted((root / "unirec").rglob("*")) if "__pycache__" not in p.parts),
         *sorted((root / "nbs" / "stages").glob("*.ipynb")),
         *sorted((root / ".dvc").glob("plots*")),
         *sorted((root / ".dvc" / "plots").glob("*")),

@@ -55,7 +55,14 @@ def embed(
         # beside the stores: DVC empties a stage's outputs before it runs
         cache = out.parent / encode["cache"] / out.name
     encoders = towers(encode, spec.schema)
-    return build_store(items, in_train, spec.schema, reviews, encoders, raw, out, cache, process_group())
+    manifest = build_store(items, in_train, spec.schema, reviews, encoders, raw, out, cache, process_group())
+    if not any(manifest["values"].values()):
+        raise ValueError(
+            f"{spec.name}: no item has a value of any attribute ({', '.join(spec.schema.names)}), so a model"
+            " would have nothing to read; quality.json says how many values were found, and"
+            f" sets.{spec.name}.schema which columns they are read from"
+        )
+    return manifest
 
 
 # %% ../../nbs/pipeline/01_stages.ipynb #cell-013
