@@ -14,6 +14,38 @@ LARGEST_NOTEBOOK = 300_000  # bytes, with outputs
 LONGEST_MODULE = 400  # lines
 LONGEST_LINE = 110  # characters
 LARGEST_TEXT = 5_000_000  # bytes; above that a file is data
+LONGEST_RUN = 3  # exported cells without an output or a test between them
+
+# Notebooks, as wing/room, that still have longer runs of exported cells. Take a name out when it is mended.
+LONG_RUNS = {
+    "baselines/titles",
+    "baselines/official_code",
+    "core/files",
+    "core/device",
+    "data/schema",
+    "data/wording",
+    "data/sample",
+    "data/formats",
+    "data/download",
+    "data/quality",
+    "data/commands",
+    "encoders/towers",
+    "encoders/modalities",
+    "encoders/pictures",
+    "encoders/store",
+    "evaluation/metrics",
+    "experiments/study",
+    "experiments/runs",
+    "model/fusion",
+    "model/llm",
+    "pipeline/profiles",
+    "pipeline/operations",
+    "pipeline/dry_run",
+    "pipeline/cold_start",
+    "pipeline/commands",
+    "training/loop",
+    "training/objective",
+}
 
 # in two pieces each, so that this file does not find itself
 MACHINE_PATHS = [
@@ -337,6 +369,62 @@ def test_modules_are_short(root):
         if path.name != "_modidx.py" and (len(lines) > LONGEST_MODULE or longest > LONGEST_LINE):
             wrong[str(path.relative_to(root))] = len(lines), longest
     assert not wrong, f"lines, and characters of the longest line: {wrong}"
+
+
+EXPORTED = re.compile(r"^#\|\s*exporti?\b", re.M)
+CHECKED = re.compile(r"\bassert\b|\bexpect_fail\b|\bpytest\.raises\b|\btest_\w+\(")
+
+
+def only_imports(source: str) -> bool:
+    "Whether a cell imports names and does nothing else."
+    imports = (ast.Import, ast.ImportFrom)
+    return all(isinstance(node, imports) for node in ast.parse(source).body)
+
+
+def longest_run(cells: list[dict]) -> int:
+    "The most exported cells in a row that neither show an output nor are followed by one or by a test."
+    run = longest = 0
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            continue
+        if EXPORTED.search(source):
+            run += not only_imports(source)
+            longest = max(longest, run)
+        if cell["outputs"] or not EXPORTED.search(source) and CHECKED.search(source):
+            run = 0
+    return longest
+
+
+def code_cell(source: str, outputs: tuple = ()) -> dict:
+    "A cell of a notebook."
+    return {"cell_type": "code", "source": [source], "outputs": list(outputs)}
+
+
+def test_runs_of_exported_cells_are_counted():
+    export = code_cell("#| export\ndef f(): ...")
+    private = code_cell("#| exporti\ndef _f(): ...")
+    imports = code_cell("#| export\nimport os\nfrom pathlib import Path")
+    text = {"cell_type": "markdown", "source": ["assert"]}
+    assert longest_run([imports, export, text, private]) == 2
+    assert longest_run([export, export, code_cell("test_eq(f(), None)"), export]) == 2
+    assert longest_run([export, code_cell("f()", ({"output_type": "stream"},)), export]) == 1
+    assert longest_run([export, code_cell("x = f()"), export]) == 2
+
+
+def test_exported_cells_are_shown_or_tested(root):
+    "A chapter shows or tests what it defines before it goes on."
+    long = {}
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        run = longest_run(json.loads(path.read_text(encoding="utf8"))["cells"])
+        if run > LONGEST_RUN:
+            long[f"{path.parent.name}/{re.sub('^[0-9]+_', '', path.stem)}"] = run
+    new = {name: run for name, run in long.items() if name not in LONG_RUNS}
+    assert not new, f"exported cells in a row without an output or a test between them: {new}"
+    mended = LONG_RUNS - set(long)
+    assert not mended, f"take these out of LONG_RUNS: {mended}"
 
 
 def test_notebooks_are_small(root):
