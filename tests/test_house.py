@@ -33,7 +33,6 @@ LONG_RUNS = {
     "encoders/modalities",
     "encoders/pictures",
     "encoders/store",
-    "evaluation/metrics",
     "experiments/study",
     "experiments/runs",
     "model/fusion",

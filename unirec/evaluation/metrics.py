@@ -43,21 +43,21 @@ def _count(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(B,) how many items of each row score more than `own` (B, 1), and how many at least as much; excluded
     ones are left out."""
-    higher, least = (np.zeros(len(scores), dtype=np.int64) for _ in range(2))
+    higher, least = np.zeros(len(scores), np.int64), np.zeros(len(scores), np.int64)
     rows = max(1, cells // max(1, scores.shape[1]))
-    yes = np.empty((min(rows, len(scores)), scores.shape[1]), dtype=bool)
+    buffer = np.empty((min(rows, len(scores)), scores.shape[1]), dtype=bool)
     for start in range(0, len(scores), rows):
         part = slice(start, start + rows)
-        here = yes[: len(scores[part])]
-        for compare, found in ((np.greater, higher), (np.greater_equal, least)):
-            compare(scores[part], own[part], out=here)
+        is_above = buffer[: len(scores[part])]
+        for compare, count in ((np.greater, higher), (np.greater_equal, least)):
+            compare(scores[part], own[part], out=is_above)
             if exclude is not None:
-                here &= ~exclude[part]
-            found[part] = np.bitwise_count(np.packbits(here, axis=1)).sum(1, dtype=np.int64)
+                is_above &= ~exclude[part]
+            count[part] = np.bitwise_count(np.packbits(is_above, axis=1)).sum(1, dtype=np.int64)
     return higher, least
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-009
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-010
 def _refuse_nan(scores: np.ndarray, users) -> None:
     """Raise ValueError where a score is NaN, with the users whose it is (the largest of numbers with a NaN
     is NaN)."""
@@ -69,7 +69,7 @@ def _refuse_nan(scores: np.ndarray, users) -> None:
         )
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-010
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-011
 def expected_ranks(
     scores,  # (B, N) float array or tensor: one row a user, higher is better
     target,  # (B,) int: the column of the item to be found
@@ -81,7 +81,7 @@ def expected_ranks(
     return 1.0 + higher + ties / 2
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-011
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-012
 def _higher_and_ties(scores, target, exclude=None, users=None) -> tuple[np.ndarray, np.ndarray]:
     "(B,) items that score higher than the target, and other items that score the same."
     scores, target = _array(scores), _array(target).reshape(-1, 1)
@@ -93,7 +93,7 @@ def _higher_and_ties(scores, target, exclude=None, users=None) -> tuple[np.ndarr
     return higher, least - higher - itself
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-022
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-023
 def summarise(
     ranks: np.ndarray,  # (U,) ranks from 1, one a user
     ks=(1, 5, 10, 20),  # the cut-offs of Hit@k and NDCG@k
@@ -112,7 +112,7 @@ def summarise(
     return figures
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-028
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-029
 def random_mrr(
     n: int,  # how many items compete, the target included
 ) -> float:
@@ -120,7 +120,7 @@ def random_mrr(
     return float((1 / np.arange(1, n + 1)).mean())
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-031
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-032
 def shuffled(
     higher: np.ndarray,  # (B,) items that score higher than the target
     ties: np.ndarray,  # (B,) other items that score the same
@@ -130,7 +130,7 @@ def shuffled(
     return 1.0 + higher + np.floor(draw * (ties + 1))
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-036
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-037
 def seen_items(
     histories: Histories,  # what the users did so far
     users: np.ndarray,  # (B,) int64 rows of `histories`
@@ -145,7 +145,7 @@ def seen_items(
     return pairs // histories.n_items, pairs % histories.n_items
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-037
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-038
 def history_mask(
     histories: Histories,  # what the users did so far
     users: np.ndarray,  # (B,) int64 rows of `histories`
@@ -156,7 +156,7 @@ def history_mask(
     return mask
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-042
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-043
 def _without_history(
     scores: np.ndarray,  # (B, N)
     target: np.ndarray,  # (B,) int64
@@ -174,34 +174,34 @@ def _without_history(
     return higher, least - higher - 1
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-045
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-046
 def _ranks_in_batches(scorer, histories, users, targets=None, candidates=None, batch=256, seed=None):
     """Ranks of `users`, over the catalogue where there are `targets`, within `candidates` where there are
     any; arrays are aligned with `users`."""
+    parts: dict[str, list[np.ndarray]] = {}
     # one draw a user, whatever the batch
-    found, draw = {}, None if seed is None else np.random.default_rng(seed).random(len(users))
+    draw = None if seed is None else np.random.default_rng(seed).random(len(users))
     for start in range(0, len(users), batch):
         part = slice(start, start + batch)
         scores = _array(scorer(histories, users[part]))
         if scores.shape != (len(users[part]), histories.n_items):
-            raise ValueError(
-                f"the scorer gave {scores.shape}, wanted {(len(users[part]), histories.n_items)}"
-            )
+            wanted = (len(users[part]), histories.n_items)
+            raise ValueError(f"the scorer gave {scores.shape}, wanted {wanted}")
         if targets is not None:
             _refuse_nan(scores, users[part])
             higher, ties = _without_history(scores, targets[part], *seen_items(histories, users[part]))
-            found.setdefault("full", []).append(1.0 + higher + ties / 2)
+            parts.setdefault("full", []).append(1.0 + higher + ties / 2)
             if draw is not None:
-                found.setdefault("full_shuffled", []).append(shuffled(higher, ties, draw[part]))
+                parts.setdefault("full_shuffled", []).append(shuffled(higher, ties, draw[part]))
         if candidates is not None:
             listed = np.take_along_axis(scores, candidates[part], 1)
-            found.setdefault(f"sampled{listed.shape[1]}", []).append(
-                expected_ranks(listed, np.zeros(len(listed), dtype=np.int64), users=users[part])
-            )
-    return {protocol: np.concatenate(parts) for protocol, parts in found.items()}
+            first = np.zeros(len(listed), dtype=np.int64)
+            among = expected_ranks(listed, first, users=users[part])
+            parts.setdefault(f"sampled{listed.shape[1]}", []).append(among)
+    return {protocol: np.concatenate(batches) for protocol, batches in parts.items()}
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-046
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-047
 def full_ranks(
     scorer: Callable,  # scorer(histories, users) -> (B, N) scores, array or tensor
     histories: Histories,  # what is known when the target is to be found
@@ -209,12 +209,11 @@ def full_ranks(
     batch: int = 256,  # users at a time
 ) -> np.ndarray:  # (U,) float64 ranks
     "Ranks over the whole catalogue without the user's history; the target itself always competes."
-    return _ranks_in_batches(scorer, histories, np.arange(len(histories)), np.asarray(targets), batch=batch)[
-        "full"
-    ]
+    users = np.arange(len(histories))
+    return _ranks_in_batches(scorer, histories, users, np.asarray(targets), batch=batch)["full"]
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-047
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-050
 def shuffled_ranks(
     scorer: Callable,  # scorer(histories, users) -> (B, N) scores, array or tensor
     histories: Histories,  # what is known when the target is to be found
@@ -223,12 +222,12 @@ def shuffled_ranks(
     batch: int = 256,  # users at a time; changes nothing
 ) -> np.ndarray:  # (U,) float64 ranks
     "As `full_ranks`, with ties in a random order instead of at their average: the row of robustness."
-    return _ranks_in_batches(
-        scorer, histories, np.arange(len(histories)), np.asarray(targets), batch=batch, seed=seed
-    )["full_shuffled"]
+    users = np.arange(len(histories))
+    both = _ranks_in_batches(scorer, histories, users, np.asarray(targets), batch=batch, seed=seed)
+    return both["full_shuffled"]
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-048
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-054
 def candidate_ranks(
     scorer: Callable,  # scorer(histories, users) -> (B, N) scores, array or tensor
     histories: Histories,  # what is known when the target is to be found
@@ -238,12 +237,12 @@ def candidate_ranks(
     "Ranks of the first candidate among the candidates."
     candidates = np.asarray(candidates)
     _check_candidates(candidates)
-    return _ranks_in_batches(
-        scorer, histories, np.arange(len(histories)), candidates=candidates, batch=batch
-    )[f"sampled{candidates.shape[1]}"]
+    users = np.arange(len(histories))
+    among = _ranks_in_batches(scorer, histories, users, candidates=candidates, batch=batch)
+    return among[f"sampled{candidates.shape[1]}"]
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-049
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-055
 def _check_candidates(candidates, targets=None):
     "Candidate lists are wrong in silence when they repeat an item or start with another one than the target."
     if targets is not None and not np.array_equal(candidates[:, 0], targets):
@@ -255,7 +254,7 @@ def _check_candidates(candidates, targets=None):
         raise ValueError(f"an item stands twice among the candidates of user row {np.argmax(repeated)}")
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-050
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-056
 def ranks(
     scorer: Callable,  # scorer(histories, users) -> (B, N) scores, array or tensor
     histories: Histories,  # what is known when the target is to be found
@@ -267,12 +266,11 @@ def ranks(
     "Both protocols from one call of the scorer per batch."
     targets, candidates = np.asarray(targets), np.asarray(candidates)
     _check_candidates(candidates, targets)
-    return _ranks_in_batches(
-        scorer, histories, np.arange(len(histories)), targets, candidates, batch, shuffle
-    )
+    users = np.arange(len(histories))
+    return _ranks_in_batches(scorer, histories, users, targets, candidates, batch, shuffle)
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-062
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-066
 def last_ranks(
     scorer: Callable,  # scorer(histories, users) -> (B, N) scores, array or tensor
     histories: Histories,  # what is known before the first target: train + valid
@@ -289,10 +287,9 @@ def last_ranks(
     for before in range(int(tests.lengths.max(initial=0))):
         users = np.flatnonzero(tests.lengths > before)
         targets = tests.items[tests.offsets[users] + before]
-        found = _ranks_in_batches(scorer, histories.append(tests.first(before)), users, targets, batch=batch)[
-            "full"
-        ]
-        parts.append(pd.DataFrame({"user": users, "position": before + 1, "rank": found}))
+        seen = histories.append(tests.first(before))
+        at_depth = _ranks_in_batches(scorer, seen, users, targets, batch=batch)["full"]
+        parts.append(pd.DataFrame({"user": users, "position": before + 1, "rank": at_depth}))
     if not parts:
         raise ValueError("tests has no event: nothing to rank")
     return pd.concat(parts).sort_values(["user", "position"], ignore_index=True)

@@ -13,6 +13,7 @@ __all__ = [
     "holm",
     "power",
     "verdict",
+    "format_p",
     "in_words",
     "compare_models",
 ]
@@ -228,20 +229,29 @@ def verdict(
 
 
 # %% ../../nbs/evaluation/02_significance.ipynb #cell-049
-def in_words(row) -> str:  # of `compare_models`
+def format_p(
+    p: float,  # a p-value
+) -> str:
+    "Three decimals, `< 0.001` below, and a dash where there was no test."
+    if np.isnan(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def in_words(
+    row,  # a row of `compare_models`, as a named tuple
+) -> str:
     "A sentence on one comparison."
     if row.verdict == "reference":
         return f"{row.model} is the reference (MRR {row.mrr:.4f}, {row.users} users)"
-    said = f"{row.difference:+.4f} ({row.low:+.4f} to {row.high:+.4f}; p {row.holm_both:.3g} after Holm)"
-    seeds = (
-        ""
-        if row.seeds > 1
-        else "; one seed, so if training draws at random, this says nothing of other seeds"
-    )
+    interval = f"{row.low:+.4f} to {row.high:+.4f}"
+    figures = f"{row.difference:+.4f} ({interval}; p {format_p(row.holm_both)} after Holm)"
+    seeds = "; one seed, so if training draws at random, this says nothing of other seeds"
+    seeds = seeds if row.seeds == 1 else ""
     if row.verdict != "undecided":
-        return f"{row.model} is {row.verdict} than {row.reference}: {said}{seeds}"
+        return f"{row.model} is {row.verdict} than {row.reference}: {figures}{seeds}"
     return (
-        f"{row.model} and {row.reference} are undecided: {said}; a difference of {row.detectable:.4f}"
+        f"{row.model} and {row.reference} are undecided: {figures}; a difference of {row.detectable:.4f}"
         f" ({row.detectable_relative:.1%}) would be found four times in five{seeds}"
     )
 
@@ -273,6 +283,38 @@ def _by_model(ranks: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
 
 
 # %% ../../nbs/evaluation/02_significance.ipynb #cell-053
+# what a comparison says of a model beside the reference, so not of the reference itself
+_BESIDE = ["low", "high", "users_low", "users_high", "p_wilcoxon", "p_both", "detectable", "seed_share"]
+
+
+def _model_row(
+    name: str, x: np.ndarray, reference: str, base: np.ndarray, alpha: float, draws: int, seed: int
+) -> dict:
+    "The row of one model; x and base are reciprocal ranks (seeds, users) of it and of the reference."
+    alone, over_users = bootstrap(x, draws=draws, seed=seed), paired(x, base, draws, seed)
+    both = seeds_and_users(x, base)
+    row = {
+        "model": name,
+        "reference": reference,
+        "seeds": len(x),
+        "users": x.shape[1],
+        "mrr": alone["mean"],
+        "std": x.mean(1).std(ddof=1) if len(x) > 1 else np.nan,
+        "mrr_low": alone["low"],
+        "mrr_high": alone["high"],
+        "difference": both["difference"],
+        "low": both["low"],
+        "high": both["high"],
+        "users_low": over_users["low"],
+        "users_high": over_users["high"],
+        "p_wilcoxon": over_users["p"],
+        "p_both": both["p"],
+        "detectable": detectable(both["se"], both["df"], alpha=alpha),
+        "seed_share": both["seed_share"],
+    }
+    return row | dict.fromkeys(_BESIDE, np.nan) if name == reference else row
+
+
 def compare_models(
     ranks: pd.DataFrame,  # columns model, seed, user and `column`, ranks from 1
     reference: str,  # the model that the others are compared with
@@ -283,60 +325,15 @@ def compare_models(
 ) -> pd.DataFrame:
     """One row a model: MRR, its spread over seeds and interval over users, and its difference to the
     reference with tests over users and over seeds and users."""
-    models, rows = _by_model(ranks, column), []
+    models = _by_model(ranks, column)
     if reference not in models:
         raise ValueError(f"the reference {reference!r} is none of the models {', '.join(models)}")
     base = models[reference]
-    for name, x in models.items():
-        own, over_users, both = (
-            bootstrap(x, draws=draws, seed=seed),
-            paired(x, base, draws, seed),
-            seeds_and_users(x, base),
-        )
-        row = {
-            "model": name,
-            "reference": reference,
-            "seeds": len(x),
-            "users": x.shape[1],
-            "mrr": own["mean"],
-            "std": x.mean(1).std(ddof=1) if len(x) > 1 else np.nan,
-            "mrr_low": own["low"],
-            "mrr_high": own["high"],
-            "difference": both["difference"],
-            "low": both["low"],
-            "high": both["high"],
-            "users_low": over_users["low"],
-            "users_high": over_users["high"],
-            "p_wilcoxon": over_users["p"],
-            "p_both": both["p"],
-            "detectable": detectable(both["se"], both["df"], alpha=alpha),
-            "seed_share": both["seed_share"],
-        }
-        rows.append(
-            row
-            | (
-                {
-                    k: np.nan
-                    for k in (
-                        "low",
-                        "high",
-                        "users_low",
-                        "users_high",
-                        "p_wilcoxon",
-                        "p_both",
-                        "detectable",
-                        "seed_share",
-                    )
-                }
-                if name == reference
-                else {}
-            )
-        )
-    out = pd.DataFrame(rows)
+    out = pd.DataFrame(
+        [_model_row(name, x, reference, base, alpha, draws, seed) for name, x in models.items()]
+    )
     out["detectable_relative"] = out.detectable / base.mean()
     out["holm_wilcoxon"], out["holm_both"] = holm(out.p_wilcoxon), holm(out.p_both)
-    out["verdict"] = [
-        "reference" if r.model == reference else verdict(r.low, r.high, r.holm_both, alpha)
-        for r in out.itertuples()
-    ]
+    verdicts = [verdict(row.low, row.high, row.holm_both, alpha) for row in out.itertuples()]
+    out["verdict"] = ["reference" if m == reference else word for m, word in zip(out.model, verdicts)]
     return out

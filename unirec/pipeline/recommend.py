@@ -30,8 +30,8 @@ from ..baselines.registry import BASELINES, fit_baseline
 from ..data.histories import Histories
 from ..data.sets import SetSpec
 from ..encoders.catalogue import Data, item_vectors, load
+from ..evaluation.examples import attention_shares, item_kinds, nearest_events
 from ..evaluation.metrics import expected_ranks, history_mask
-from ..evaluation.reasons import attention_shares, item_kinds, nearest_events
 from ..model.events import last_batches
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig

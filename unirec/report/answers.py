@@ -29,6 +29,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..evaluation.significance import format_p
 from ..experiments.judge import LEAST_SEEDS, compare_pair, reciprocal_ranks, stage1_settings
 from ..experiments.plan import planned
 from ..experiments.record import FOLDERS, Record
@@ -187,10 +188,6 @@ def verdict_table(
             row.tested_on if row.tested_on == row.dataset else f"{row.tested_on}, trained on {row.dataset}"
         )
         held_out = str(PROTOCOLS.get(row.protocol, row.protocol)).removesuffix(" held out")
-        interval, p = (
-            f"{row.low:+.4f} to {row.high:+.4f}",
-            "< 0.001" if row.holm < 0.001 else f"{row.holm:.3f}",
-        )
         verdict = f"{row.verdict} (null world)" if row.null else f"**{row.verdict}**"
         shown = [
             row.statement,
@@ -199,8 +196,8 @@ def verdict_table(
             verdict,
             f"`{row.rival}`",
             f"{row.difference:+.4f}",
-            interval,
-            p,
+            f"{row.low:+.4f} to {row.high:+.4f}",
+            format_p(row.holm),
         ]
         rows.append(shown)
     label = f"*Verdicts of version {OLD}.*\n\n" if (verdicts.version == OLD).any() else ""

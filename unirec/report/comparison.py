@@ -31,8 +31,9 @@ from markupsafe import escape
 
 from ..baselines.registry import model_note
 from ..data.quality import format_number
+from ..evaluation.significance import format_p
 from .figures import inline_svg, plot_differences, read_rows
-from .tables import Cell, escape_markdown, markdown_table, p_text
+from .tables import Cell, escape_markdown, markdown_table
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-008
 HELD_OUT = {"leave_one_out": "Last event held out", "last5": "Last five events held out"}  # protocol -> title
@@ -101,7 +102,7 @@ def _difference_cells(
     return [
         format_number(row.difference, "{:+.4f}"),
         interval,
-        p_text(row.holm_both),
+        format_p(row.holm_both),
         format_number(row.detectable, "{:.4f}"),
     ]
 
@@ -201,8 +202,8 @@ def data_set_sentence(
         f"{row['model']} (the best UniRec on validation) has a test MRR of {row['mrr']:.4f},"
         f" {reference['model']} (the best baseline on validation) {reference['mrr']:.4f}:"
         f" UniRec {_leads_or_trails(relative)}, verdict: {row['verdict']}"
-        f" ({row['low']:+.4f} to {row['high']:+.4f}, p {p_text(row['holm_both'])} after Holm; a difference of"
-        f" {row['detectable']:.4f} would be found four times in five{seeds})."
+        f" ({row['low']:+.4f} to {row['high']:+.4f}, p {format_p(row['holm_both'])} after Holm; a difference"
+        f" of {row['detectable']:.4f} would be found four times in five{seeds})."
     )
     new = _on_new_targets(table, protocol, row["model"], reference["model"])
     if new is not None:

@@ -27,7 +27,6 @@ __all__ = [
     "rank_sentence",
     "groups_frame",
     "formatted",
-    "p_text",
     "evaluation_view",
     "groups_plot",
 ]
@@ -278,15 +277,6 @@ def formatted(
     frame = pd.concat(columns, axis=1)
     frame.columns = [head for head, _ in formats.values()]
     return frame
-
-
-def p_text(
-    p: float,  # a p-value
-) -> str:
-    "Three decimals, and no false precision below"
-    if pd.isna(p):
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 # %% ../../nbs/report/02_tables.ipynb #cell-030
