@@ -69,7 +69,7 @@ def toy_project(tmp_path_factory) -> tuple[Path, dict]:
 
     Read it, change nothing in it.
     """
-    from unirec.pipeline.toy import toy
+    from unirec.pipeline.stages import toy
 
     folder = tmp_path_factory.mktemp("toy")
     return folder, toy(folder)

@@ -15,6 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from unirec.core.params import read_params, write_params
+from unirec.pipeline.project import requirement_lines
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import book  # noqa: E402
@@ -303,10 +304,8 @@ def g(c) -> int:  # how many
 
 
 def test_the_packages_of_the_book_are_a_part_of_their_own(root):
-    import check_env
-
-    more = set(check_env.requirements(root / "requirements", ["book"])) - set(
-        check_env.requirements(root / "requirements", [])
+    more = set(requirement_lines(root / "requirements", ["book"])) - set(
+        requirement_lines(root / "requirements")
     )
     assert {re.split("[<>=]", line)[0] for line in more} == {
         "mkdocs",

@@ -11,8 +11,7 @@ from unirec.data.sets import SetSpec
 from unirec.encoders.catalogue import load, load_test
 from unirec.evaluation.breakdowns import by_group, target_groups
 from unirec.pipeline.evaluate import evaluate
-from unirec.pipeline.stages import embed, finetune, pretrain
-from unirec.pipeline.toy import toy_params
+from unirec.pipeline.stages import embed, finetune, pretrain, toy_params
 from unirec.report.page import build_page
 
 ITEMS, USERS, EVENTS = 24, 30, 7

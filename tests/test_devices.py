@@ -19,7 +19,7 @@ from unirec.model.llm import LLMConfig
 from unirec.model.recommender import UniRec
 from unirec.pipeline import evaluate
 from unirec.pipeline.profiles import read_profile
-from unirec.pipeline.random_weights import random_models
+from unirec.pipeline.workspace import random_models
 from unirec.training.objective import LossConfig, step_loss
 
 AWAY = pretend_device.DEVICE

@@ -11,8 +11,7 @@ import torch
 from unirec import cli
 from unirec.core.device import SHARE, gpu_peaks
 from unirec.core.params import read_params
-from unirec.pipeline.dry_run import WORDS, write_four_items
-from unirec.pipeline.operations import count_operations, run_flops
+from unirec.pipeline.dry_run import WORDS, count_operations, run_flops, write_four_items
 from unirec.pipeline.profiles import read_profile
 
 FIELDS = {
@@ -232,7 +231,9 @@ def project(root, tmp_path):
     ],
 )
 def test_a_broken_profile_does_not_hide_the_others(project, text, told, capsys, monkeypatch):
-    monkeypatch.setattr("unirec.pipeline.doctor.at_hand", lambda uri, root: (False, "not looked for"))
+    monkeypatch.setattr(
+        "unirec.pipeline.profiles.weights_status", lambda uri, root: (False, "not looked for")
+    )
     (project / "profiles" / "wrong.yaml").write_text(text)
     (project / "profiles" / "gpus.yaml").write_text("")
     assert cli.main(["doctor", "--root", str(project)]) == 0

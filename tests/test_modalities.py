@@ -20,8 +20,7 @@ from unirec.encoders import catalogue
 from unirec.encoders.modalities import TABLES, register_encoder, unregister_encoder
 from unirec.model.hierarchy import EncoderConfig
 from unirec.model.recommender import UniRec
-from unirec.pipeline import stages as steps
-from unirec.pipeline import toy
+from unirec.pipeline import stages
 
 RATE, BANDS = 8_000, 16  # samples a second, mel bands
 
@@ -79,7 +78,7 @@ def shop(tmp_path_factory):
     """
     register_encoder("audio", "sound", make, files=True, check=read_sound)
     try:
-        root, params = tmp_path_factory.mktemp("sounds"), toy.toy_params()
+        root, params = tmp_path_factory.mktemp("sounds"), stages.toy_params()
         params["sets"]["toy"]["schema"]["sound"] = {"type": "audio", "source": "sound"}
         spec, raw = SetSpec.from_params("toy", params["sets"]["toy"]), root / "data"
         download(spec, raw)
@@ -92,10 +91,10 @@ def shop(tmp_path_factory):
             (raw / record["sound"]).write_bytes(b"no sound" if i == 1 else wav(200 + 50 * (i % 20)))
         (raw / "meta_Sample.jsonl").write_text("\n".join(map(json.dumps, meta)))
         prepare.prepare(raw, spec, root / "prepared", 20)
-        manifest = steps.embed(root / "prepared", raw, spec, params["encode"], root / "embeddings" / "toy")
+        manifest = stages.embed(root / "prepared", raw, spec, params["encode"], root / "embeddings" / "toy")
         data = catalogue.load(root / "prepared", root / "embeddings" / "toy", spec)
         params["pretrain"]["fit"]["epochs"] = 1
-        logs = steps.pretrain(data, params, root / "models", models=("unirec",))
+        logs = stages.pretrain(data, params, root / "models", models=("unirec",))
         yield root, raw, spec, params, manifest, data, logs
     finally:
         unregister_encoder("audio")
@@ -113,7 +112,7 @@ def test_the_store_has_one_vector_per_sound(shop):
     ((path, cause),) = manifest["files_left_out"]["audio"].items()
     assert path == "sounds/1.wav" and cause and not manifest["pictures_left_out"]
     before = LogMel.asked
-    steps.embed(root / "prepared", raw, spec, params["encode"], root / "embeddings" / "toy")
+    stages.embed(root / "prepared", raw, spec, params["encode"], root / "embeddings" / "toy")
     assert before == 20 and LogMel.asked == before, "an unchanged rerun asks nothing"
     raw_vectors = load_file(root / "embeddings" / "toy" / "vectors.safetensors")["table.audio"]
     c, slot = data.catalogue, len(TABLES)

@@ -22,8 +22,8 @@ from unirec.core.device import Machine
 from unirec.core.params import read_params
 from unirec.model.llm import LORA_MODULES
 from unirec.pipeline.profiles import read_profile
-from unirec.pipeline.random_weights import random_models
 from unirec.pipeline.runner import STAGES
+from unirec.pipeline.workspace import random_models
 
 DATASET, LIMIT = "sample", 1800  # seconds: only against hanging
 MODELS = {"unirec", "unirec_id", "popularity", "markov", "itemknn", "mean_vectors", "sasrec"}

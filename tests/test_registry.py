@@ -142,5 +142,5 @@ def test_no_other_module_names_a_baseline(root):
     for wing in ("pipeline", "report", "experiments"):
         for path in (root / "unirec" / wing).glob("*.py"):
             found = set(re.findall(r"[\"'](\w+)[\"']", path.read_text(encoding="utf8"))) & names
-            # the settings of toy runs name baselines, and `project` those that need no import to be checked
-            assert not found or path.name in ("project.py", "study.py", "toy.py"), (path, found)
+            # the settings of toy runs name baselines
+            assert not found or path.name in ("study.py", "stages.py"), (path, found)

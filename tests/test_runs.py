@@ -20,7 +20,7 @@ from unirec.experiments.plan import load_study
 from unirec.experiments.record import read_ranks, read_runs, record_path, run_key
 from unirec.experiments.runs import Selection, judge_study, recorded, run_study
 from unirec.experiments.study import Study, toy_study
-from unirec.pipeline.toy import toy_params
+from unirec.pipeline.stages import toy_params
 
 ALONE = {"datasets": ["toy"], "sets": {}, "per_set": {}, "more_seeds": {}}
 BASELINES_ONLY = toy_study(

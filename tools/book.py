@@ -43,7 +43,7 @@ PARTS = {
             for name in ("download", "sources", "jsonl", "columns", "values", "formats")
         ),
         "encoders/[0-9][0-9]_weights",
-        "pipeline/[0-9][0-9]_random_weights",
+        "pipeline/[0-9][0-9]_project",
     ],
 }
 WORDS = re.compile(

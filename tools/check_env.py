@@ -3,42 +3,27 @@
 Otherwise one line says what is missing: `check_env.py [book]`.
 """
 
-import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-
-def requirements(folder: Path, more: list[str]) -> list[str]:
-    "The requirement lines of base.txt, dev.txt, mini.txt and more such files, without comments and hashes."
-    lines = []
-    for name in ("base", "dev", "mini", *more):
-        text = (folder / f"{name}.txt").read_text(encoding="utf8").replace("\\\n", " ")
-        lines += [re.split(r"\s+(?:#|--hash)", line)[0].strip() for line in text.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def missing(lines: list[str]) -> list[str]:
-    "The requirements that this environment does not satisfy."
+def missing(further: list[str]) -> list[str]:
+    "The requirements that this environment does not satisfy, those of further files among them."
+    sys.path.insert(0, str(ROOT))
     try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return ["packaging"]
-    out = []
-    for line in lines:
-        wanted = Requirement(line)
-        try:
-            if not wanted.specifier.contains(version(wanted.name), prereleases=True):
-                out.append(f"{line} (it has {version(wanted.name)})")
-        except PackageNotFoundError:
-            out.append(line)
-    return out
+        from unirec.pipeline.project import missing_packages, requirement_lines
+
+        return missing_packages(requirement_lines(ROOT / "requirements", further))
+    except ModuleNotFoundError as error:
+        return [str(error.name)]
 
 
 if __name__ == "__main__":
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f"The active environment has Python {sys.version.split()[0]}, not 3.11, 3.12 or 3.13.")
-    gaps = missing(requirements(Path(__file__).resolve().parent.parent / "requirements", sys.argv[1:]))
+    gaps = missing(sys.argv[1:])
     if gaps:
         more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""
         sys.exit(f"The active environment lacks {', '.join(gaps[:3])}{more}.")

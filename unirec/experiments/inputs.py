@@ -48,8 +48,7 @@ from ..encoders.catalogue import Catalogue, Data, load, load_test
 from ..encoders.modalities import TABLES
 from ..evaluation.metrics import full_ranks, last_ranks, ranks
 from ..model.recommender import UniRec
-from ..pipeline.stages import embed, towers
-from ..pipeline.toy import toy_params
+from ..pipeline.stages import embed, towers, toy_params
 from ..training.objective import data_hash
 
 
