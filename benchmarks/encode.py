@@ -22,9 +22,10 @@ from unirec.core.params import read_params
 from unirec.data.schema import Schema
 from unirec.data.sets import SetSpec
 from unirec.encoders.cache import hashes
-from unirec.encoders.pictures import Contents, Files
+from unirec.encoders.image_towers import ImageEncoder, open_picture
+from unirec.encoders.modalities import Contents, Files
 from unirec.encoders.store import build_store, distinct, slots
-from unirec.encoders.towers import ImageEncoder, TextEncoder, open_picture
+from unirec.encoders.towers import TextEncoder
 
 PADDED = 512  # tokens of every text of the straight way
 # values that the straight way is timed on: its seconds a value do not depend on their number

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from unirec.data.schema import Schema
+from unirec.encoders.image_towers import ImageEncoder
 from unirec.encoders.store import text_tensors
-from unirec.encoders.towers import ImageEncoder, TextEncoder
+from unirec.encoders.towers import TextEncoder
 
 TEXTS = [
     "red mug",

@@ -27,10 +27,9 @@ from unirec.data.schema import Schema
 from unirec.data.sets import SetSpec
 from unirec.data.splits import sample_candidates
 from unirec.encoders.catalogue import load, load_catalogue, toy_catalogue
-from unirec.encoders.modalities import TABLES
-from unirec.encoders.numbers import fourier
+from unirec.encoders.image_towers import read_picture
+from unirec.encoders.modalities import TABLES, fourier
 from unirec.encoders.store import build_store
-from unirec.encoders.towers import read_picture
 from unirec.evaluation.metrics import candidate_ranks, full_ranks, summarise
 from unirec.model import recommender
 from unirec.model.events import Events, last_batches, training_batches

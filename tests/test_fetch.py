@@ -35,7 +35,7 @@ from unirec.data.releases import RELEASES, RawFile, Release, five_core, join_rev
 from unirec.data.sets import SetSpec
 from unirec.data.sources import ManualDownload, download, fetch_hub, fetch_release
 from unirec.data.values import clean_image
-from unirec.encoders.pictures import picture_bytes
+from unirec.encoders.modalities import picture_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 BODY = bytes(range(256)) * 1200

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unirec.data.schema import Schema
-from unirec.encoders.cache import Cached, VectorCache, hashes, merge
+from unirec.encoders.cache import Cached, VectorCache, hashes, merge_parts
 from unirec.encoders.catalogue import load_catalogue
 from unirec.encoders.store import build_store
 
@@ -287,12 +287,12 @@ def test_a_merge_that_is_killed_changes_nothing(tmp_path, monkeypatch):
         Path, "unlink", lambda self, missing_ok=False: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        merge(cache, most=1)
+        merge_parts(cache, most=1)
     monkeypatch.undo()
     again = VectorCache(tmp_path, {})
     assert len(again.parts) == 5 and np.array_equal(again.read(again.find(names))[0], before)
     assert (
-        merge(again, most=1) == 5
+        merge_parts(again, most=1) == 5
         and len(again) == 5
         and np.array_equal(again.read(again.find(names))[0], before)
     )
@@ -303,7 +303,7 @@ def test_a_reader_survives_a_merge(tmp_path):
     for i in range(3):
         writer.add(hashes([f"{i}"]), np.full((1, 3), i, float))
     reader.refresh()
-    assert merge(writer, most=1) == 3
+    assert merge_parts(writer, most=1) == 3
     # its maps outlive the files
     assert reader.read(reader.find(hashes("012")))[0][:, 0].tolist() == [0, 1, 2]
     reader.refresh()

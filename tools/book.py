@@ -42,7 +42,6 @@ PARTS = {
             f"data/[0-9][0-9]_{name}"
             for name in ("download", "sources", "jsonl", "columns", "values", "formats")
         ),
-        "encoders/[0-9][0-9]_weights",
         "pipeline/[0-9][0-9]_project",
     ],
 }

@@ -16,10 +16,13 @@ __all__ = [
     "write_json",
     "read_json",
     "file_sha256",
+    "write_together",
+    "check_together",
     "locate",
     "stays_in_folder",
     "unzip",
     "gunzip",
+    "peak_memory_mb",
 ]
 
 # %% ../../nbs/core/01_files.ipynb #cell-003
@@ -30,10 +33,12 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
+import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -66,13 +71,12 @@ class AdvisedError(OSError):
     "An OSError whose message says what to do."
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-007
+# %% ../../nbs/core/01_files.ipynb #cell-008
 def sibling_path(path: Path, suffix: str) -> Path:
     "The path with a suffix added to its whole name: `a.csv` and `.part` give `a.csv.part`."
     return path.with_name(path.name + suffix)
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-008
 def sync_folder(folder: Path) -> None:
     "Bring a folder's own entries to the disk."
     handle = os.open(folder, os.O_RDONLY)
@@ -82,7 +86,6 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-009
 def move_into_place(part: Path, path: Path) -> None:
     "Give a finished file its name, after its content is on the disk."
     with part.open("rb+") as file:
@@ -91,7 +94,7 @@ def move_into_place(part: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-010
+# %% ../../nbs/core/01_files.ipynb #cell-009
 @contextmanager
 def atomic_path(
     path: Path,  # the file to be written; a present one is replaced
@@ -130,7 +133,6 @@ def write_json(path: Path, value: Mapping) -> None:
     write_atomically(path, text.encode())
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-012
 def read_json(path: Path) -> dict:
     "A small JSON file as a mapping; empty where there is no file, or where it holds something else."
     try:
@@ -140,14 +142,48 @@ def read_json(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-013
 def file_sha256(path: Path) -> str:
     "sha256 of a file's contents."
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-016
+# %% ../../nbs/core/01_files.ipynb #cell-014
+def write_together(
+    folder: Path,  # made where it is not there
+    files: dict[str, Callable[[Path], object]],  # name -> function that writes the file to a path
+) -> None:
+    "Write files, each at once or not at all, and before them the hashes that they are to have."
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        for name, write in files.items():
+            write(temporary[name])
+            with temporary[name].open("rb+") as file:
+                os.fsync(file.fileno())
+        hashes = {name: file_sha256(path) for name, path in temporary.items()}
+        write_atomically(folder / "checksums.json", json.dumps(hashes, indent=1).encode())
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def check_together(folder: Path) -> None:
+    "Raise ValueError when a folder's files were not written together; a folder without checksums passes."
+    sums = folder / "checksums.json"
+    hashes = json.loads(sums.read_text()) if sums.exists() else {}
+    for name, expected in hashes.items():
+        if file_sha256(folder / name) != expected:
+            raise ValueError(
+                f"{folder}: {name} is not the file that checksums.json was written with; it is damaged, or"
+                " writing was interrupted; run the embed stage again"
+            )
+
+
+# %% ../../nbs/core/01_files.ipynb #cell-017
 def locate(
     uri: str,  # "pip:<package>/<path inside it>" or a path
     extra_root: str | None = None,  # what "extra:<folder>" is relative to
@@ -177,7 +213,7 @@ def locate(
     return path
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-019
+# %% ../../nbs/core/01_files.ipynb #cell-020
 # pictures that Pillow may open, by its names; some of the others start a program
 PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 
@@ -194,7 +230,7 @@ def stays_in_folder(name: str) -> bool:
     )
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-021
+# %% ../../nbs/core/01_files.ipynb #cell-022
 LARGEST_ARCHIVE = 200 * 10**9  # bytes unpacked, at most
 
 
@@ -234,7 +270,7 @@ def unzip(
     return [member.filename for member in members]
 
 
-# %% ../../nbs/core/01_files.ipynb #cell-022
+# %% ../../nbs/core/01_files.ipynb #cell-024
 def gunzip(
     archive: Path,
     path: Path,  # the unpacked file
@@ -254,3 +290,15 @@ def gunzip(
         raise ValueError(f"{archive.name}: {error}; remove it and run the same command again") from None
     move_into_place(part, path)
     return path
+
+
+# %% ../../nbs/core/01_files.ipynb #cell-027
+def peak_memory_mb(
+    status: Path = Path("/proc/self/status"),  # the kernel's figures; `ru_maxrss` where there is no such file
+) -> float:  # MB of 2^20 bytes
+    "The largest resident memory of this process so far."
+    mark = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    if mark:
+        return int(mark[1]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

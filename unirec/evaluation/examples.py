@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue, Data, item_vectors
-from ..encoders.pictures import picture_bytes
+from ..encoders.modalities import picture_bytes
 from .breakdowns import terciles
 from .metrics import history_mask
 from ..model.recommender import Scorer, UniRec

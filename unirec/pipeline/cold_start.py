@@ -30,7 +30,7 @@ from ..data.schema import LARGEST, Attribute, Schema
 from ..data.values import canonical_value, without_html
 from ..encoders.catalogue import Catalogue, Data
 from ..encoders.modalities import MODALITIES
-from ..encoders.store import Scale, check_files, encode_slots, slot_tensors, slots
+from ..encoders.store import Scale, encode_slots, slot_tensors, slots, usable_files
 from .project import index_of
 
 # %% ../../nbs/pipeline/09_cold_start.ipynb #cell-006
@@ -159,7 +159,7 @@ def new_catalogue(
     named = [f"attribute {schema.names[i]!r}" for i in table.attr]
     paths = {p: who for p, who, n in zip(table.value, named, table.encoder) if MODALITIES[n].files}
     files = {p: content(p, who) for p, who in paths.items()}
-    good, bad = check_files(table, files, encoders)
+    good, bad = usable_files(table, files, encoders)
     for path, cause in ((p, why) for part in bad.values() for p, why in part.items()):
         raise ValueError(f"{paths[path]}: {path}: {cause}")
     for who, name in zip(named, table.encoder):

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.device import hours, this_machine
-from ..core.memory import peak_memory_mb
+from ..core.files import peak_memory_mb
 from ..core.params import merged_strictly, nested
 from ..data.prepare import prepare
 from ..data.schema import Schema

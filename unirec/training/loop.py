@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.device import keep_memory, native_bf16
-from ..core.memory import peak_memory_mb
+from ..core.files import peak_memory_mb
 from .resume import Progress, load_state, remove_state, restore_state, save_state, snapshot
 
 
