@@ -33,8 +33,6 @@ LONG_RUNS = {
     "encoders/modalities",
     "encoders/pictures",
     "encoders/store",
-    "experiments/study",
-    "experiments/runs",
     "model/fusion",
     "model/llm",
     "pipeline/profiles",

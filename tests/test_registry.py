@@ -12,8 +12,7 @@ from unirec.baselines.classic import markov
 from unirec.baselines.registry import BASELINES, Baseline, fit_baseline, train_baseline
 from unirec.data.sets import SetSpec
 from unirec.encoders.catalogue import load
-from unirec.experiments.fingerprint import code_key
-from unirec.experiments.variants import _training_code
+from unirec.experiments.variants import _training_code, code_key
 from unirec.model.recommender import MODELS
 from unirec.pipeline.evaluate import evaluate
 from unirec.pipeline.recommend import Recommender

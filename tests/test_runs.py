@@ -14,12 +14,11 @@ from unirec.baselines.registry import BASELINES
 from unirec.cli import main
 from unirec.core.params import read_params, write_params
 from unirec.experiments import record, runs, variants
-from unirec.experiments.fingerprint import sources
 from unirec.experiments.inputs import load_inputs, lock, toy_project
-from unirec.experiments.plan import load_study
 from unirec.experiments.record import read_ranks, read_runs, record_path, run_key
 from unirec.experiments.runs import Selection, judge_study, recorded, run_study
 from unirec.experiments.study import Study, toy_study
+from unirec.experiments.variants import load_study, sources
 from unirec.pipeline.stages import toy_params
 
 ALONE = {"datasets": ["toy"], "sets": {}, "per_set": {}, "more_seeds": {}}
@@ -64,7 +63,7 @@ def rows_of(root: Path, name: str) -> pd.DataFrame:
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
     "Names of the variants that are trained from now on."
-    names, real = [], runs.train_variant
+    names, real = [], variants.train_variant
     monkeypatch.setattr(runs, "train_variant", lambda *args: names.append(args[4][3]) or real(*args))
     return names
 
@@ -207,7 +206,7 @@ def test_what_another_process_is_at_is_passed_over(project, trained):
     study, params = load_study(project, "models")
     inputs = load_inputs(project, params, "toy")
     place = ("leave_one_out", 0, "toy", "markov")
-    code = runs.present_codes(study)["leave_one_out", "markov"]
+    code = variants.present_codes(study)["leave_one_out", "markov"]
     key = run_key(study, params, place, {}, inputs.keys[False], code)
     part = Selection(protocols=["leave_one_out"], variants=["popularity", "markov"])
     with lock(project, f"run-{key}"):
@@ -235,7 +234,7 @@ def test_rows_of_other_settings_and_of_earlier_code(project, capsys):
     judge_study(project, "models", prune=True)
     assert len(rows_of(project, "models")) == 3
     study, params = load_study(project, "models")
-    old = record.load_record(project, study, params, dict.fromkeys(runs.present_codes(study), "another"))
+    old = record.load_record(project, study, params, dict.fromkeys(variants.present_codes(study), "another"))
     assert old.stale == 3 == len(old.rows)
 
 
@@ -305,7 +304,7 @@ def test_tuning_never_reads_the_test_split(project):
 
 def test_the_budget_of_a_grid_is_a_sum(project, monkeypatch, capsys):
     write_study(project, "tuning", TUNING)
-    real = runs.train_variant
+    real = variants.train_variant
 
     def slow(*args):
         trained, data, log = real(*args)

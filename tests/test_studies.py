@@ -11,8 +11,8 @@ import yaml
 
 from unirec.baselines.registry import BASELINES
 from unirec.experiments.judge import LEAST_SEEDS, contrast_word, judge, made_up, pairs
-from unirec.experiments.plan import jobs, load_study, planned, settings
-from unirec.experiments.study import Study, read_study, study_names, toy_study
+from unirec.experiments.study import Study, jobs, planned, read_study, study_names, toy_study
+from unirec.experiments.variants import load_study, settings
 from unirec.report.answers import plan_text, read_verdicts, variant_table, verdict_table
 from unirec.training.loop import FitConfig
 

@@ -17,6 +17,9 @@ __all__ = [
     "read_study",
     "study_names",
     "toy_study",
+    "jobs",
+    "tested_with",
+    "planned",
 ]
 
 # %% ../../nbs/experiments/01_study.ipynb #cell-003
@@ -156,7 +159,7 @@ class Study(Strict):
         return self.sets.get(dataset) or StudySet()
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-010
+# %% ../../nbs/experiments/01_study.ipynb #cell-011
 _PARTS = {"test_time": TestTime, "contrasts": Contrast, "limits": Limit, "sets": StudySet}
 
 
@@ -182,7 +185,7 @@ def _expected(problem: Mapping) -> str:
     return f"{problem['input']!r}, {problem['msg'].replace('Input should be', 'expected', 1)}"
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-011
+# %% ../../nbs/experiments/01_study.ipynb #cell-012
 def error_lines(
     error: ValidationError,
     path: Path,  # of the file that was read
@@ -191,7 +194,7 @@ def error_lines(
     return [f"{path}: {_place(problem)}: {_expected(problem)}" for problem in error.errors()]
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-013
+# %% ../../nbs/experiments/01_study.ipynb #cell-014
 BLOCKS = ("model", "pretrain", "llm", "finetune")  # of params.yaml, which a run's key is made of
 
 
@@ -200,7 +203,7 @@ def item_changes(changes: Mapping) -> dict:
     return {name.removeprefix("data."): value for name, value in changes.items() if name.startswith("data.")}
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-015
+# %% ../../nbs/experiments/01_study.ipynb #cell-016
 def _wrong_changes(study: Study) -> Iterator[str]:
     "Settings that a study cannot change."
     places = [("base", study.base)]
@@ -262,7 +265,7 @@ def _unknown_names(study: Study) -> Iterator[str]:
         yield "variants: empty, expected variants, models or grids"
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-016
+# %% ../../nbs/experiments/01_study.ipynb #cell-017
 def read_study(path: Path) -> Study:
     "A study from its file; raises ValueError with one line a problem that names the file and the field."
     path = Path(path)
@@ -285,7 +288,7 @@ def study_names(root: Path) -> list[str]:
     return [name for name in names if name not in ("common", "tuned", "dvc")]
 
 
-# %% ../../nbs/experiments/01_study.ipynb #cell-018
+# %% ../../nbs/experiments/01_study.ipynb #cell-019
 def toy_study(
     **changes,  # fields that are different
 ) -> dict:  # the content of a file
@@ -306,3 +309,48 @@ def toy_study(
         "contrasts": {"price": {"statement": "The price pays", "variant": "sum", "rivals": ["no_price"]}},
     }
     return whole | changes
+
+
+# %% ../../nbs/experiments/01_study.ipynb #cell-024
+def jobs(study: Study) -> Iterator[tuple[str, int, str, str]]:
+    "(protocol, seed, data set, variant) of everything that is trained, in the order in which it is done."
+    for protocol in study.protocols:
+        limit = study.limits.get(protocol) or Limit()
+        seeds = limit.seeds or study.every_seed
+        for seed in seeds:
+            for dataset in limit.datasets or study.datasets:
+                for variant in study.of_set(dataset).variants or study.trained:
+                    if limit.variants and variant not in limit.variants:
+                        continue
+                    if _is_run(study, dataset, variant, seed, seeds[0]):
+                        yield protocol, seed, dataset, variant
+
+
+def _is_run(study: Study, dataset: str, variant: str, seed: int, first: int) -> bool:
+    "Has a variant this seed on this data set?"
+    model, _ = study.trained[variant]
+    if dataset not in study.only_on.get(variant, study.only_on.get(model, study.datasets)):
+        return False
+    if seed not in study.seeds and seed not in study.more_seeds.get(variant, ()):
+        return False
+    return model in MODELS or BASELINES[model].drawn or seed == first
+
+
+def tested_with(
+    study: Study,
+    dataset: str,
+    variant: str,  # that is trained
+) -> dict[str, dict]:  # name of a row -> what is changed in the items when it is tested
+    "What is recorded of a trained variant: itself, and its variants at test time."
+    out = {variant: {}}
+    if study.of_set(dataset).null_world:
+        return out
+    for name, own in study.test_time.items():
+        if own.variant == variant and own.set != dataset:  # a set is no other set to itself
+            out[name] = own.model_dump(exclude={"variant"}, exclude_unset=True)
+    return out
+
+
+def planned(study: Study) -> list[tuple[str, int, str, str]]:
+    "(protocol, seed, data set, name) of every row that the study is to have."
+    return [(p, seed, d, name) for p, seed, d, v in jobs(study) for name in tested_with(study, d, v)]

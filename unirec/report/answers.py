@@ -31,9 +31,8 @@ from matplotlib.lines import Line2D
 
 from ..evaluation.significance import format_p
 from ..experiments.judge import LEAST_SEEDS, compare_pair, reciprocal_ranks, stage1_settings
-from ..experiments.plan import planned
 from ..experiments.record import FOLDERS, Record
-from ..experiments.study import Study
+from ..experiments.study import Study, planned
 from .figures import INK, OTHERS, PLOT_STYLE
 
 # %% ../../nbs/report/06_answers.ipynb #cell-007
