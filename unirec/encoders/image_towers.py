@@ -264,7 +264,7 @@ class OpenClipImage(ImageTower):
         self.files = self.files | {config.name: file_sha256(config)}
 
     @cached_property
-    def _parts(self) -> tuple[nn.Module, Any]:  # the second: an RGB picture -> (3, size, size)
+    def parts(self) -> tuple[nn.Module, Any]:  # the second: an RGB picture -> (3, size, size)
         "The visual tower and its preprocessing."
         import open_clip
 
@@ -276,7 +276,7 @@ class OpenClipImage(ImageTower):
     @property
     def model(self) -> nn.Module:
         "The frozen visual tower."
-        return self._parts[0]
+        return self.parts[0]
 
     @property
     def width(self) -> int:
@@ -298,7 +298,7 @@ class OpenClipImage(ImageTower):
 
     def read(self, data: bytes) -> Tensor:  # (3, size, size)
         "Decode one file as the model needs it; raises ValueError for what is no picture."
-        return self._parts[1](open_picture(data))
+        return self.parts[1](open_picture(data))
 
 
 # %% ../../nbs/encoders/02_image_towers.ipynb #cell-027
