@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = [
     "ALL_STAGES",
-    "read_artefact",
     "settings_block",
     "stage_settings",
-    "recorded_settings",
     "check_settings",
-    "check_files",
+    "check_artefacts",
     "read_users",
     "check_training_data",
 ]
@@ -89,6 +87,7 @@ def stage_settings(params: Mapping, stage: str, dataset: str) -> dict:
         raise ValueError(error.args[0]) from None
 
 
+# %% ../../nbs/pipeline/08_artefacts.ipynb #cell-010
 def _by_dotted_name(settings: object, name: str = "") -> dict:  # dotted name -> value
     "Nested settings by dotted names."
     if not isinstance(settings, Mapping) or not settings:
@@ -99,7 +98,7 @@ def _by_dotted_name(settings: object, name: str = "") -> dict:  # dotted name ->
     return out
 
 
-def recorded_settings(root: Path, dataset: str, stage: str) -> dict | None:  # dotted name -> value
+def _recorded_settings(root: Path, dataset: str, stage: str) -> dict | None:  # dotted name -> value
     "The settings that a stage ran with; None where they are not recorded."
     run = root / "reports" / "runs" / dataset / f"run_{stage}.json"
     lock = root / "dvc.lock"
@@ -115,7 +114,7 @@ def recorded_settings(root: Path, dataset: str, stage: str) -> dict | None:  # d
     return _by_dotted_name(params) if params else None
 
 
-# %% ../../nbs/pipeline/08_artefacts.ipynb #cell-010
+# %% ../../nbs/pipeline/08_artefacts.ipynb #cell-011
 ALL_STAGES = ("prepare", "embed", "pretrain", "finetune")
 # names, licences and sizes of batches: they change no answer and may differ
 _FREE_SETTINGS = (
@@ -137,7 +136,7 @@ def check_settings(
     free = {f"sets.{dataset}.{name}" for name in ("title", "synthetic", "redistributable")}
     free.update(_FREE_SETTINGS)
     for stage in stages:
-        before = recorded_settings(root, dataset, stage)
+        before = _recorded_settings(root, dataset, stage)
         if before is None:
             continue
         now = _by_dotted_name(json.loads(json.dumps(stage_settings(params, stage, dataset), default=str)))
@@ -157,13 +156,13 @@ def check_settings(
         )
 
 
-# %% ../../nbs/pipeline/08_artefacts.ipynb #cell-015
+# %% ../../nbs/pipeline/08_artefacts.ipynb #cell-016
 _EVENT_COLUMNS = ["user", "item", "timestamp", "rating"]
 # the columns of the prepared tables that are read here
 _TABLES = {"users": ["user_id"], "train": _EVENT_COLUMNS, "valid": _EVENT_COLUMNS, "test": _EVENT_COLUMNS}
 
 
-def check_files(
+def check_artefacts(
     root: Path,  # the project's folder
     dataset: str,
     checkpoint: str | None,  # name of a model that has a checkpoint
@@ -193,24 +192,24 @@ def check_files(
 def _check_rows(
     path: Path,  # of a table of events
     events: pd.DataFrame,
-    own: np.ndarray,  # the users in the order of the table, each once
+    users: np.ndarray,  # the users in the order of the table, each once
     n_users: int,
     n_items: int,
     advice: str,
 ) -> None:
     "Raise ValueError where a table's users or items are not those of users.parquet and items.parquet."
-    in_order = len(own) == n_users and (own == np.arange(n_users)).all()
+    in_order = len(users) == n_users and (users == np.arange(n_users)).all()
     if not in_order or not events.user.is_monotonic_increasing:
-        other = " in another one" if len(own) == n_users else ""
+        other = " in another one" if len(users) == n_users else ""
         raise ValueError(
             f"{path}: expected the users 0 to {n_users - 1} in this order, as in users.parquet, found"
-            f" {len(own)}{other}; {advice}"
+            f" {len(users)}{other}; {advice}"
         )
     if not events["item"].between(0, n_items - 1).all():
         raise ValueError(f"{path}: expected items from 0 to {n_items - 1}, as in items.parquet; {advice}")
 
 
-# %% ../../nbs/pipeline/08_artefacts.ipynb #cell-016
+# %% ../../nbs/pipeline/08_artefacts.ipynb #cell-017
 def read_users(root: Path, dataset: str) -> tuple[list[str], np.ndarray]:  # (U,) user ids, (U,) test items
     """The users and what they chose next.
 
@@ -230,8 +229,8 @@ def read_users(root: Path, dataset: str) -> tuple[list[str], np.ndarray]:  # (U,
     for name in ("valid", "test"):
         one_each(events[name], path[name])
     for name, part in events.items():
-        own = np.asarray(part.user.unique() if name == "train" else part.user)
-        _check_rows(path[name], part, own, len(users), len(items), advice)
+        in_table = np.asarray(part.user.unique() if name == "train" else part.user)
+        _check_rows(path[name], part, in_table, len(users), len(items), advice)
     if "events" in quality:
         expected = quality["events"] - 2 * len(users)
         if len(events["train"]) != expected:

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "add_root",
     "add_stage",
     "run_stage_command",
     "add_verify",
@@ -12,8 +11,6 @@ __all__ = [
     "add_profile",
     "run_profile_command",
     "add_recommend",
-    "read_attributes",
-    "table_text",
     "run_recommend",
     "add_doctor",
     "run_doctor",
@@ -29,11 +26,11 @@ from pathlib import Path
 
 from ..core.params import read_yaml
 from ..data.schema import one_line
-from .project import check_name, check_profile_name, known_models, project_params
+from .project import LIST_LENGTH, check_name, check_profile_name, known_models, project_params
 
 
 # %% ../../nbs/pipeline/11_commands.ipynb #cell-006
-def add_root(p: argparse.ArgumentParser) -> None:
+def _add_root(p: argparse.ArgumentParser) -> None:
     "The option `--root`."
     p.add_argument(
         "--root", type=Path, default=Path("."), metavar="DIR", help="the project's folder (default: here)"
@@ -90,7 +87,7 @@ def add_profile(p: argparse.ArgumentParser) -> None:
         "Run the seven stages with a profile, in a folder of its own. Further words go to `dvc repro`."
     )
     p.add_argument("profile", help="a file in profiles/, without .yaml")
-    add_root(p)
+    _add_root(p)
     p.add_argument("--folder", type=Path, metavar="DIR", help="the workspace (default: runs/<profile>)")
     p.add_argument(
         "--set",
@@ -166,12 +163,12 @@ def add_recommend(p: argparse.ArgumentParser) -> None:
         help="unirec, unirec_id, or a baseline that only counts, as popularity (default: %(default)s)",
     )
     p.add_argument(
-        "--top", type=int, default=10, metavar="N", help="places of the list (default: %(default)s)"
+        "--top", type=int, default=LIST_LENGTH, metavar="N", help="places of the list (default: %(default)s)"
     )
-    add_root(p)
+    _add_root(p)
 
 
-def read_attributes(args: argparse.Namespace) -> dict:
+def _read_attributes(args: argparse.Namespace) -> dict:
     """The attributes of a new item: those of the file of --item, then each --attribute NAME=VALUE.
 
     A name given twice has several values.
@@ -225,7 +222,7 @@ def _print_new_item(recommender, attributes: dict, args: argparse.Namespace) -> 
 # %% ../../nbs/pipeline/11_commands.ipynb #cell-013
 def run_recommend(args: argparse.Namespace) -> None:
     "Print the top of the catalogue, or for whom a new item comes up."
-    attributes = read_attributes(args)
+    attributes = _read_attributes(args)
     if not attributes and args.user is None and not args.history:
         raise ValueError(
             "for whom? give --user ID, --history ID ID ..., or a new item with --item FILE or --attribute"
@@ -260,7 +257,7 @@ def add_doctor(p: argparse.ArgumentParser) -> None:
         " of each training, and print what a run would take."
     )
     p.add_argument("--profile", metavar="NAME", help="one of profiles/ (default: all; with --dry-run: paper)")
-    add_root(p)
+    _add_root(p)
     p.add_argument(
         "--dry-run",
         action="store_true",

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = [
+    "LIST_LENGTH",
     "index_of",
     "check_name",
     "project_params",
     "profile_names",
     "check_profile_name",
-    "table_keys",
     "known_models",
     "requirement_lines",
     "missing_packages",
@@ -26,8 +26,10 @@ from pathlib import Path
 
 from ..core.params import kind, read_params
 
-
 # %% ../../nbs/pipeline/04_project.ipynb #cell-006
+LIST_LENGTH = 10  # places of a list of recommendations where nobody asks for another number
+
+
 def index_of(
     name: str,
     known: Mapping[str, int],  # name -> index
@@ -79,7 +81,7 @@ def check_profile_name(name: str, root: Path) -> None:
 
 
 # %% ../../nbs/pipeline/04_project.ipynb #cell-010
-def table_keys(
+def _table_keys(
     module: str,  # its full name
     table: str,  # a dictionary of the module that is written out
 ) -> list[str]:
@@ -93,15 +95,16 @@ def table_keys(
     raise KeyError(f"{module} has no {table}")
 
 
+# %% ../../nbs/pipeline/04_project.ipynb #cell-011
 def known_models() -> list[str]:
     "UniRec's models and all baselines, by name; `recommend` can be asked for some of them."
     return [
-        *table_keys("unirec.model.recommender", "MODELS"),
-        *table_keys("unirec.baselines.registry", "BASELINES"),
+        *_table_keys("unirec.model.recommender", "MODELS"),
+        *_table_keys("unirec.baselines.registry", "BASELINES"),
     ]
 
 
-# %% ../../nbs/pipeline/04_project.ipynb #cell-015
+# %% ../../nbs/pipeline/04_project.ipynb #cell-016
 def requirement_lines(
     folder: Path,  # requirements/
     further: Iterable[str] = (),  # files beside base.txt, dev.txt and mini.txt, without the suffix

@@ -10,10 +10,8 @@ __all__ = [
     "Run",
     "git_revision",
     "begin_stage",
-    "strip_volatile",
     "run_stage",
     "differences",
-    "describe_differences",
     "write_reference",
     "verify",
 ]
