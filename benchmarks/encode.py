@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, memory, say, spread
 from unirec.core.device import keep_memory
 from unirec.core.params import read_params
-from unirec.data.schema import Schema
-from unirec.data.sets import SetSpec
+from unirec.data.schema import Schema, SetSpec
 from unirec.encoders.cache import hashes
 from unirec.encoders.image_towers import ImageEncoder, open_picture
 from unirec.encoders.modalities import Contents, Files

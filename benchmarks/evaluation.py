@@ -17,7 +17,7 @@ from benchmarks.growth import catalogue, histories
 from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, memory, say, spread
 from unirec.core.params import read_params
 from unirec.data.histories import Histories
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.encoders.catalogue import load
 from unirec.evaluation.metrics import candidate_ranks, expected_ranks, full_ranks, ranks
 from unirec.model.events import Events, last_batches

@@ -22,7 +22,7 @@ from benchmarks.side_by_side import ROOT, Table, arguments, folder, in_turn, mem
 from unirec.core.device import keep_memory
 from unirec.core.files import locate
 from unirec.core.params import read_params
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.encoders.catalogue import Catalogue, Data, load
 from unirec.model.events import Events, training_batches
 from unirec.model.hierarchy import EncoderConfig, ItemEncoder

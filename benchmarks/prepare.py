@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from unirec.data.prepare import prepare
 from unirec.data.readers import READERS
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.data.splits import in_order, k_core, leave_one_out, train_aggregate
 
 # the children import this file: what imports torch is imported where it is used, so that torch's memory is

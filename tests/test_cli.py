@@ -14,8 +14,7 @@ import yaml
 
 from unirec import cli
 from unirec.core.params import write_params
-from unirec.data.schema import PRESETS, Schema, read_schema
-from unirec.data.sets import SetSpec
+from unirec.data.schema import PRESETS, Schema, SetSpec, read_schema
 from unirec.pipeline import commands
 
 ITEMS, USERS, LENGTH, DAY = 12, 8, 6, 86_400

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from unirec.data.prepare import prepare
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.encoders.catalogue import load, load_test
 from unirec.evaluation.breakdowns import by_group, target_groups
 from unirec.pipeline.evaluate import evaluate

@@ -10,7 +10,7 @@ import pretend_device
 import pytest
 import torch
 
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.encoders import catalogue
 from unirec.evaluation.metrics import ranks
 from unirec.model.events import Events, training_batches

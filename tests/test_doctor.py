@@ -11,8 +11,9 @@ import torch
 from unirec import cli
 from unirec.core.device import SHARE, gpu_peaks
 from unirec.core.params import read_params
-from unirec.pipeline.dry_run import WORDS, count_operations, run_flops, write_four_items
+from unirec.pipeline.dry_run import count_operations, run_flops
 from unirec.pipeline.profiles import read_profile
+from unirec.pipeline.stages import WORDS, write_four_items
 
 FIELDS = {
     "profile",

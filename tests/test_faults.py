@@ -23,8 +23,7 @@ from safetensors import safe_open
 
 from unirec.core.params import read_params
 from unirec.data.histories import Histories, windows
-from unirec.data.schema import Schema
-from unirec.data.sets import SetSpec
+from unirec.data.schema import Schema, SetSpec
 from unirec.data.splits import sample_candidates
 from unirec.encoders.catalogue import load, load_catalogue, toy_catalogue
 from unirec.encoders.image_towers import read_picture

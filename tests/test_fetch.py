@@ -32,7 +32,7 @@ from unirec.data.download import FetchError, Patience, fetch
 from unirec.data.pictures import Limits, examine, fetch_pictures, packed_names, picture_urls
 from unirec.data.prepare import prepare
 from unirec.data.releases import RELEASES, RawFile, Release, five_core, join_reviews
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.data.sources import ManualDownload, download, fetch_hub, fetch_release
 from unirec.data.values import clean_image
 from unirec.encoders.modalities import picture_bytes

@@ -19,7 +19,7 @@ from scipy import stats
 
 from benchmarks import evaluation, side_by_side
 from unirec.data.histories import Histories
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.data.splits import in_order, last_k, leave_one_out
 from unirec.encoders import catalogue
 from unirec.evaluation import significance

@@ -14,7 +14,7 @@ from scipy import signal
 from scipy.io import wavfile
 
 from unirec.data import prepare
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.data.sources import download
 from unirec.encoders import catalogue
 from unirec.encoders.modalities import TABLES, register_encoder, unregister_encoder

@@ -14,8 +14,7 @@ from unirec.data.first_rows import columns, read_records
 from unirec.data.jsonl import field_at
 from unirec.data.propose import LIMITS, Column, as_yaml, guess, guess_number, propose, propose_file
 from unirec.data.readers import READERS
-from unirec.data.schema import Attribute, Schema, read_schema
-from unirec.data.sets import SetSpec
+from unirec.data.schema import Attribute, Schema, SetSpec, read_schema
 from unirec.data.values import canonical_value
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)

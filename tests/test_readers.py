@@ -27,8 +27,7 @@ from unirec.data.jsonl import ColumnDecoder, column_batches, decode_json, file_l
 from unirec.data.prepare import check_aggregates, check_candidates, check_parts, indexed, prepare
 from unirec.data.readers import READERS
 from unirec.data.reviews import arrow_batch, as_events, review_batches
-from unirec.data.schema import Attribute, Schema
-from unirec.data.sets import SetSpec
+from unirec.data.schema import Attribute, Schema, SetSpec
 from unirec.data.splits import in_order, leave_one_out, sample_candidates, train_aggregate
 from unirec.data.values import canonical_value, milliseconds
 

@@ -8,7 +8,7 @@ import pytest
 
 from unirec.core.params import read_params
 from unirec.data.prepare import prepare
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.data.sources import download
 
 ROOT = Path(__file__).resolve().parent.parent

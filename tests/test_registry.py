@@ -10,7 +10,7 @@ import pytest
 
 from unirec.baselines.classic import markov
 from unirec.baselines.registry import BASELINES, Baseline, fit_baseline, train_baseline
-from unirec.data.sets import SetSpec
+from unirec.data.schema import SetSpec
 from unirec.encoders.catalogue import load
 from unirec.experiments.variants import _training_code, code_key
 from unirec.model.recommender import MODELS

@@ -180,7 +180,7 @@ def _find_stem(
     format: str,  # one of FORMATS
 ) -> str:
     "The stem of the raw files, where there is exactly one; raises ValueError that lists what is there."
-    from unirec.data.sets import RAW_FILES
+    from unirec.data.schema import RAW_FILES
 
     if not raw.is_dir():
         raise FileNotFoundError(f"--raw {raw}: there is no such folder")
@@ -272,7 +272,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     block = set_block(args)
     from unirec.data.prepare import prepare
     from unirec.data.quality import quality_text
-    from unirec.data.sets import SetSpec
+    from unirec.data.schema import SetSpec
 
     spec = SetSpec.from_params(args.out.resolve().name, block)
     report = prepare(args.raw, spec, args.out, args.negatives, args.seed)

@@ -35,8 +35,7 @@ from pandas.io.parsers import TextFileReader
 
 from .canonical import EVENTS, events_table, item_sources, items_table
 from .jsonl import line_blocks, raw_file, read_jsonl
-from .schema import LARGEST
-from .sets import SetSpec
+from .schema import LARGEST, SetSpec
 from .values import as_id, milliseconds
 
 # %% ../../nbs/data/13_formats.ipynb #cell-006

@@ -31,8 +31,7 @@ import pyarrow.parquet as pq
 from ..core.files import advise_on_disk_errors
 from .quality import quality_report
 from .readers import READERS
-from .schema import Schema
-from .sets import SetSpec
+from .schema import Schema, SetSpec
 from unirec.data.splits import (
     distinct_pairs,
     in_order,

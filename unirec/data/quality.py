@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from .sets import SetSpec
+from .schema import SetSpec
 from .splits import distinct_pairs, split_counts, split_hash
 
 

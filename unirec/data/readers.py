@@ -28,7 +28,7 @@ from .canonical import item_sources, items_table, snapshot_notes
 from .formats import read_recbole, read_table
 from .jsonl import column_batches, raw_file, read_jsonl, read_literals, record_columns
 from .reviews import read_reviews
-from .sets import SetSpec
+from .schema import SetSpec
 
 # %% ../../nbs/data/15_readers.ipynb #cell-006
 Tables = tuple[pd.DataFrame, pd.DataFrame, dict]  # items, events, quality

@@ -13,6 +13,7 @@ __all__ = [
     "YELP",
     "YELP_NOTES",
     "PRESETS",
+    "RAW_FILES",
     "register_type",
     "Attribute",
     "Schema",
@@ -22,6 +23,7 @@ __all__ = [
     "Preset",
     "preset",
     "preset_yaml",
+    "SetSpec",
 ]
 
 # %% ../../nbs/data/01_schema.ipynb #cell-003
@@ -29,10 +31,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
+import pydantic.dataclasses
 import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, InstanceOf
 
-from ..core.params import read_yaml
+from ..core.params import read_yaml, validated
 
 # %% ../../nbs/data/01_schema.ipynb #cell-006
 TYPES: dict[str, str] = {  # name -> what the type encoder is told about it
@@ -242,7 +247,7 @@ AMAZON = {
     "main_image": {"type": "image", "source": "images"},
 }
 
-# %% ../../nbs/data/01_schema.ipynb #cell-031
+
 AMAZON_NOTES = {
     "features": "the bullet points",
     "brand": "only in details, and not for every product",
@@ -312,3 +317,58 @@ def preset_yaml(name: str) -> str:
     return f"# {found.title}. Raw fields: {found.files}.\n# Attributes: {found.source}.\n" + schema_yaml(
         found.block, found.notes
     )
+
+
+# %% ../../nbs/data/01_schema.ipynb #cell-039
+RAW_FILES = {
+    "recbole": ("{name}.inter", "{name}.item"),
+    "table": ("items.*", "interactions.*"),
+    "amazon2014": ("reviews_{name}_5.json*", "meta_{name}.json*"),
+    "amazon2018": ("{name}_5.json*", "meta_{name}.json*"),
+    "amazon2023": ("{name}.jsonl*", "meta_{name}.jsonl*"),
+    "yelp": ("yelp_academic_dataset_review.json*", "yelp_academic_dataset_business.json*"),
+}
+
+
+def _known_format(name: str) -> str:
+    "The name of a format; raises ValueError that lists the names."
+    if name not in RAW_FILES:
+        raise ValueError(f"{name!r} is unknown, use one of {sorted(RAW_FILES)}")
+    return name
+
+
+def _read_schema(block) -> Schema:
+    "The schema itself, or read from its block of parameters."
+    return block if isinstance(block, Schema) else Schema.from_params(block)
+
+
+# %% ../../nbs/data/01_schema.ipynb #cell-041
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class SetSpec:
+    "One block of `sets` in params.yaml."
+
+    name: str  # what tables and folders call it
+    format: Annotated[str, AfterValidator(_known_format)]  # one of RAW_FILES
+    # "pip:<package>/<folder>", "sample:", "get:<name of unirec.data.sources>", "extra:<folder below
+    # data.extra_root>", or a folder
+    source: str
+    files: str  # stem of the raw files: "ml-100k", "Sample", "All_Beauty"; for tables "items"
+    schema: Annotated[InstanceOf[Schema], BeforeValidator(_read_schema)]
+    title: str = ""  # the name that a page shows
+    synthetic: bool = False  # labelled wherever a result shows
+    redistributable: bool = False  # may rows and pictures be shown in something that is published?
+    k_core_users: int = 5  # every user keeps at least so many events
+    k_core_items: int = 5  # every item keeps at least so many events; 1 keeps cold items
+    # of several events of one user and item: keep all, the first or the last
+    repeats: Literal["keep", "first", "last"] = "keep"
+    # events of a user at one time: in the order of the file, or shuffled by the seed
+    ties: Literal["file", "shuffled"] = "file"
+    # or last5, by_time (see splits.split); the stages train and evaluate on leave_one_out
+    split: str = "leave_one_out"
+    split_options: Mapping = field(default_factory=dict)  # what that rule takes: k; shares or cuts
+    options: Mapping = field(default_factory=dict)  # what only this source knows, e.g. the sample's size
+
+    @classmethod
+    def from_params(cls, name: str, block: Mapping) -> "SetSpec":
+        "Read `sets.<name>`; raises ValueError that names the data set and the field."
+        return validated(cls, f"sets.{name}", block, name=name)

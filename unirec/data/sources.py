@@ -42,7 +42,7 @@ from .pictures import fetch_pictures, pack_pictures, picture_urls
 from .readers import first_photos
 from .releases import RELEASES, RawFile, Release
 from .sample import write_sample
-from .sets import RAW_FILES, SetSpec
+from .schema import RAW_FILES, SetSpec
 
 
 # %% ../../nbs/data/19_sources.ipynb #cell-006

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from ..core.files import check_together
 from ..data.histories import Histories
-from ..data.schema import Schema
-from ..data.sets import SetSpec
+from ..data.schema import Schema, SetSpec
 from .modalities import ENCODER_OF, TABLES
 from .store import table_hash
 

@@ -40,8 +40,7 @@ from ..core.files import locate
 from ..core.params import digest, write_params
 from ..data.histories import Histories
 from ..data.prepare import prepare
-from ..data.schema import TYPES
-from ..data.sets import SetSpec
+from ..data.schema import TYPES, SetSpec
 from ..data.sources import download
 from ..data.splits import last_k, train_aggregate
 from ..encoders.catalogue import Catalogue, Data, load, load_test

@@ -118,7 +118,7 @@ def run_profile_command(args: argparse.Namespace) -> int:  # exit code of dvc
         if not equals:
             raise ValueError(f"--set {word}: expected NAME=VALUE, model.user_tokens=8 for instance")
         changes[name] = yaml.safe_load(value)
-    from unirec.pipeline.profiles import run_profile
+    from unirec.pipeline.workspace import run_profile
 
     return run_profile(
         args.profile,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..baselines.registry import BASELINES, fit_baseline
 from ..data.histories import Histories
-from ..data.sets import SetSpec
+from ..data.schema import SetSpec
 from ..encoders.catalogue import Data, item_vectors, load
 from ..evaluation.examples import attention_shares, item_kinds, nearest_events
 from ..evaluation.metrics import expected_ranks, history_mask

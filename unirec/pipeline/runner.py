@@ -38,7 +38,7 @@ import papermill
 
 from ..core.files import peak_memory_mb
 from ..core.params import read_params
-from ..data.sets import SetSpec
+from ..data.schema import SetSpec
 
 if TYPE_CHECKING:
     from unirec.encoders.catalogue import Data

@@ -16,8 +16,7 @@ from PIL import Image
 
 from ..core.device import keep_memory, process_group
 from ..data.prepare import prepare
-from ..data.schema import Schema
-from ..data.sets import SetSpec
+from ..data.schema import Schema, SetSpec
 from ..data.sources import download
 from ..encoders.catalogue import Data, load
 from ..encoders.modalities import encoders_of
