@@ -10,12 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unirec.data.first_rows import columns, read_records
+from unirec.data.formats import read_records
 from unirec.data.jsonl import field_at
 from unirec.data.propose import LIMITS, Column, as_yaml, guess, guess_number, propose, propose_file
 from unirec.data.readers import READERS
 from unirec.data.schema import Attribute, Schema, SetSpec, read_schema
-from unirec.data.values import canonical_value
+from unirec.data.values import canonical_value, columns
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 VALUES = [
@@ -221,14 +221,14 @@ def test_a_shop_goes_through_the_reader_with_what_was_proposed(suffix, tmp_path)
             b'{"item_id": ' + b"[" * 5000 + b"]" * 5000 + b"}\n",
             "a.jsonl, row 1: not JSON .*recursion",
         ),
-        ("a.jsonl", b'{"item_id": 1}\n\0\n', "a.jsonl, row 2: not JSON"),
+        ("a.jsonl", b'{"item_id": 1}\n\0\n', "a.jsonl, row 2: a NUL byte"),
         ("a.jsonl", b"[1]\n", "a.jsonl, row 1: expected a record"),
         (
             "a.jsonl.gz",
             gzip.compress(b'{"item_id": "a"}\n' * 999)[:-9],
-            "a.jsonl.gz: cannot be read as jsonl",
+            "a.jsonl.gz, after row 0: the file is cut or damaged",
         ),
-        ("a.jsonl.gz", b'{"item_id": "a"}\n', "a.jsonl.gz: cannot be read as jsonl .*gzip"),
+        ("a.jsonl.gz", b'{"item_id": "a"}\n', "a.jsonl.gz: the name says gzip, the content is not"),
         ("a.csv.gz", b"no", "a.csv.gz: cannot be read as csv"),
         ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as parquet"),
         ("a.txt", b"x", "expected a name that ends in .csv"),

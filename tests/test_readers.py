@@ -22,14 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unirec.data import prepare as preparing
-from unirec.data.canonical import item_sources, items_table, larger_batches
+from unirec.data.interactions import arrow_batch, as_events, larger_batches, review_batches
 from unirec.data.jsonl import ColumnDecoder, column_batches, decode_json, file_lines, line_blocks
 from unirec.data.prepare import check_aggregates, check_candidates, check_parts, indexed, prepare
 from unirec.data.readers import READERS
-from unirec.data.reviews import arrow_batch, as_events, review_batches
 from unirec.data.schema import Attribute, Schema, SetSpec
 from unirec.data.splits import in_order, leave_one_out, sample_candidates, train_aggregate
-from unirec.data.values import canonical_value, milliseconds
+from unirec.data.values import canonical_value, item_sources, items_table, milliseconds
 
 DAY, NOW = 86_400_000, 1_600_000_000_000  # ms
 FIELDS = {

@@ -15,12 +15,13 @@ __all__ = [
     "table_parts",
     "raw_item_columns",
     "interaction_events",
-    "read_recbole",
-    "read_table",
+    "read_records",
 ]
 
 # %% ../../nbs/data/13_formats.ipynb #cell-003
 import csv
+import gzip
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -33,9 +34,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pandas.io.parsers import TextFileReader
 
-from .canonical import EVENTS, events_table, item_sources, items_table
-from .jsonl import line_blocks, raw_file, read_jsonl
-from .schema import LARGEST, SetSpec
+from .interactions import EVENTS
+from .jsonl import line_blocks, read_jsonl
+from .schema import LARGEST
 from .values import as_id, milliseconds
 
 # %% ../../nbs/data/13_formats.ipynb #cell-006
@@ -248,7 +249,7 @@ def raw_item_columns(
     )
 
 
-# %% ../../nbs/data/13_formats.ipynb #cell-017
+# %% ../../nbs/data/13_formats.ipynb #cell-018
 def _id_values(column: pd.Series, path: Path, head: int) -> list[str]:
     'Ids as text, "" for a missing one; raises ValueError that names file, row and column.'
     ids = []
@@ -282,7 +283,7 @@ def _times(column: pd.Series, path: Path, head: int) -> np.ndarray:
     return times.to_numpy("int64" if times.dtype.kind in "iu" else "float64")
 
 
-# %% ../../nbs/data/13_formats.ipynb #cell-018
+# %% ../../nbs/data/13_formats.ipynb #cell-019
 def interaction_events(
     part: pd.DataFrame,
     path: Path,
@@ -320,35 +321,67 @@ def interaction_events(
     return pa.table({k: pa.array(v, t, from_pandas=True) for (k, v), t in zip(columns.items(), EVENTS.types)})
 
 
-# %% ../../nbs/data/13_formats.ipynb #cell-024
-def _read_tables(
-    items: Path,
-    inter: Path,
-    spec: SetSpec,
-    parts: Callable[[Path], Iterator[pd.DataFrame]],  # what reads a file
-    head: int,  # the row in which the first interaction stands
-) -> tuple[pd.DataFrame, pd.DataFrame, dict]:  # items, events, quality
-    "Canonical tables of two files that are read in parts."
-    quality, invalid = {}, {}
-    unit = spec.options.get("time_unit", "auto")
-    columns = raw_item_columns(parts(items), ["item_id", *item_sources(spec.schema)], items.name)
-    item_table = items_table(columns, "item_id", spec.schema, quality)
-    batches = (interaction_events(part, inter, head, unit, invalid) for part in parts(inter))
-    events = events_table(batches, item_table, quality)
-    quality["invalid"] = {**quality["invalid"], **{k: v for k, v in invalid.items() if v}}
-    return item_table, events, quality
+# %% ../../nbs/data/13_formats.ipynb #cell-025
+def _first_csv_rows(path: Path, rows: int) -> list[dict]:
+    """The first rows of a csv.
+
+    Raises ValueError for another separator, a column that stands twice, a NUL byte, and more fields than the
+    header has, of which pandas would make an index.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        start = file.read(1 << 20)
+    if b"\0" in start and start[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        row = 1 + start[: start.find(b"\0")].count(b"\n")
+        raise ValueError(f"{path.name}, row {row}: a NUL byte; expected UTF-8 text, is the file whole?")
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8"}
+    header = pd.read_csv(path, nrows=1, header=None, **options).iloc[0]
+    marks = [mark for mark in (";", "\t", "|") if mark in header[0]]
+    if len(header) == 1 and marks:
+        mark = "a tab" if marks[0] == "\t" else repr(marks[0])
+        raise ValueError(
+            f"{path.name}, row 1: one column, {header[0]!r}; expected columns separated by commas: the file"
+            f" seems to be separated by {mark}, write it again with commas"
+        )
+    check_distinct(header[header != ""], path)
+    table = pd.read_csv(path, nrows=rows, na_values=[""], **options)  # as `prepare` reads it: NA is a text
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(f"{path.name}, row 2: more fields than the header has; expected {table.shape[1]}")
+    return table.to_dict("records")
 
 
-def read_recbole(folder: Path, spec: SetSpec) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    "Reader of atomic files `<name>.inter` and `<name>.item`; `<name>.user` is not used, which is noted."
-    inter, items = raw_file(folder, f"{spec.files}.inter"), raw_file(folder, f"{spec.files}.item")
-    item_table, events, quality = _read_tables(items, inter, spec, atomic_parts, 2)
-    if (folder / f"{spec.files}.user").exists():
-        quality["notes"] = [f"{spec.files}.user is there and is not used: a user is the history"]
-    return item_table, events, quality
+def _first_json_rows(path: Path, rows: int) -> list[dict]:
+    "The first records of a JSON-lines file; raises ValueError for a line that is not a record."
+    return [record for _, record in islice(read_jsonl(path), rows)]
 
 
-def read_table(folder: Path, spec: SetSpec) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    "Reader of your own tables; `options.time_unit` is s, ms or auto (default)."
-    items, inter = find_table(folder, "items"), find_table(folder, "interactions")
-    return _read_tables(items, inter, spec, table_parts, 2 if ".csv" in inter.name else 1)
+def _first_parquet_rows(path: Path, rows: int) -> list[dict]:
+    "The first rows of a parquet file; raises ValueError for a column that stands twice."
+    check_distinct(pq.read_schema(path).names, path)
+    for batch in pq.ParquetFile(path).iter_batches(max(rows, 1)):
+        return batch.to_pylist()
+    return []
+
+
+# %% ../../nbs/data/13_formats.ipynb #cell-026
+def read_records(
+    path: Path,  # items.csv, .jsonl (both may be packed: .gz) or .parquet
+    rows: int = 10_000,  # how many rows are read, from the top
+) -> list[dict]:
+    "The first rows of a table as records; raises ValueError that names file and row."
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    readers = {".csv": _first_csv_rows, ".jsonl": _first_json_rows, ".parquet": _first_parquet_rows}
+    ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    if ending not in TABLE_PARTS:
+        raise ValueError(
+            f"{path.name}: expected a name that ends in .csv, .jsonl (both may be packed: .gz) or .parquet"
+        )
+    ending = ending.removesuffix(".gz")
+    try:
+        return readers[ending](path, rows)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        if lines[0].startswith(path.name):
+            raise ValueError(lines[0]) from None
+        raise ValueError(f"{path.name}: cannot be read as {ending[1:]} ({lines[0]})") from None

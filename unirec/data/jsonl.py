@@ -21,14 +21,18 @@ __all__ = [
     "ColumnDecoder",
     "record_columns",
     "column_batches",
+    "TextColumn",
+    "collection_paused",
 ]
 
 # %% ../../nbs/data/12_jsonl.ipynb #cell-003
 import ast
+import gc
 import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -36,6 +40,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 
@@ -325,3 +330,53 @@ def column_batches(
             yield from record_columns(parse_records(numbered_lines(block, first), path), sources)
         else:
             yield columns
+
+
+# %% ../../nbs/data/12_jsonl.ipynb #cell-030
+class TextColumn:
+    "A column of text that grows, in one buffer."
+
+    def __init__(self):
+        self.data = bytearray()
+        self.ends, self.valid = [np.zeros(1, np.int64)], [np.zeros(0, bool)]
+
+    def add(self, column: pa.ChunkedArray) -> None:  # large_string
+        "Append a batch."
+        for chunk in column.chunks:
+            _, ends, data = chunk.buffers()
+            if len(chunk):
+                ends = np.frombuffer(ends, np.int64, len(chunk) + 1, 8 * chunk.offset)
+            else:
+                ends = np.zeros(1, np.int64)
+            self.ends.append(ends[1:] - ends[0] + len(self.data))
+            self.valid.append(chunk.is_valid().to_numpy(zero_copy_only=False))
+            if data:
+                self.data += memoryview(data)[ends[0] : ends[-1]]
+
+    def array(self) -> pa.Array:
+        "All that was added."
+        ends, valid = np.concatenate(self.ends), np.concatenate(self.valid)
+        bits = None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little"))
+        return pa.Array.from_buffers(
+            pa.large_string(), len(valid), [bits, pa.py_buffer(ends), pa.py_buffer(self.data)]
+        )
+
+    def series(self) -> pd.Series:
+        "All that was added, as pandas has it; objects where all are missing."
+        array = self.array()
+        if array.null_count == len(array):
+            return pd.Series(None, range(len(array)), dtype=object)
+        return pa.table({"x": array}).to_pandas()["x"]
+
+
+# %% ../../nbs/data/12_jsonl.ipynb #cell-033
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    "Python's garbage collector is off inside, and on again afterwards if it was on before."
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

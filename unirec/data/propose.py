@@ -26,8 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .first_rows import columns, is_missing, is_picture, read_records
+from .formats import read_records
 from .schema import LARGEST, one_line, schema_yaml
+from .values import columns, is_missing, is_picture
 
 
 # %% ../../nbs/data/04_propose.ipynb #cell-006

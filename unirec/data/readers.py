@@ -5,10 +5,14 @@
 # %% auto #0
 __all__ = [
     "Tables",
+    "SNAPSHOT_FIELDS",
     "AMAZON2023",
     "AMAZON2018",
     "YELP_FIELDS",
     "READERS",
+    "read_recbole",
+    "read_table",
+    "snapshot_notes",
     "read_amazon2023",
     "read_amazon2018",
     "read_amazon2014",
@@ -24,16 +28,65 @@ from pathlib import Path
 
 import pandas as pd
 
-from .canonical import item_sources, items_table, snapshot_notes
-from .formats import read_recbole, read_table
+from .formats import atomic_parts, find_table, interaction_events, raw_item_columns, table_parts
+from .interactions import events_table, read_reviews
 from .jsonl import column_batches, raw_file, read_jsonl, read_literals, record_columns
-from .reviews import read_reviews
-from .schema import SetSpec
+from .schema import Schema, SetSpec
+from .values import item_sources, items_table
 
 # %% ../../nbs/data/15_readers.ipynb #cell-006
 Tables = tuple[pd.DataFrame, pd.DataFrame, dict]  # items, events, quality
 
 
+def _read_tables(
+    items: Path,
+    inter: Path,
+    spec: SetSpec,
+    parts: Callable[[Path], Iterator[pd.DataFrame]],  # what reads a file
+    head: int,  # the row in which the first interaction stands
+) -> Tables:
+    "Canonical tables of two files that are read in parts."
+    quality, invalid = {}, {}
+    unit = spec.options.get("time_unit", "auto")
+    columns = raw_item_columns(parts(items), ["item_id", *item_sources(spec.schema)], items.name)
+    item_table = items_table(columns, "item_id", spec.schema, quality)
+    batches = (interaction_events(part, inter, head, unit, invalid) for part in parts(inter))
+    events = events_table(batches, item_table, quality)
+    quality["invalid"] = {**quality["invalid"], **{k: v for k, v in invalid.items() if v}}
+    return item_table, events, quality
+
+
+def read_recbole(folder: Path, spec: SetSpec) -> Tables:
+    "Reader of atomic files `<name>.inter` and `<name>.item`; `<name>.user` is not used, which is noted."
+    inter, items = raw_file(folder, f"{spec.files}.inter"), raw_file(folder, f"{spec.files}.item")
+    item_table, events, quality = _read_tables(items, inter, spec, atomic_parts, 2)
+    if (folder / f"{spec.files}.user").exists():
+        quality["notes"] = [f"{spec.files}.user is there and is not used: a user is the history"]
+    return item_table, events, quality
+
+
+def read_table(folder: Path, spec: SetSpec) -> Tables:
+    "Reader of your own tables; `options.time_unit` is s, ms or auto (default)."
+    items, inter = find_table(folder, "items"), find_table(folder, "interactions")
+    return _read_tables(items, inter, spec, table_parts, 2 if ".csv" in inter.name else 1)
+
+
+# %% ../../nbs/data/15_readers.ipynb #cell-009
+# raw fields that were counted when the set was published
+SNAPSHOT_FIELDS = ("average_rating", "rating_number", "stars", "review_count", "salesRank", "rank")
+
+
+def snapshot_notes(schema: Schema) -> list[str]:
+    "One sentence for each attribute that knows the future."
+    known = [a for a in schema if a.source.partition(".")[0] in SNAPSHOT_FIELDS]
+    return [
+        f"{a.name} is read from {a.source}, which was counted over the whole snapshot and knows the future;"
+        " use train:mean_rating or train:count"
+        for a in known
+    ]
+
+
+# %% ../../nbs/data/15_readers.ipynb #cell-012
 def _review_set(
     batches: Iterable[Mapping[str, list]],  # raw columns of the items
     reviews: Path,
@@ -48,7 +101,7 @@ def _review_set(
     return items, read_reviews(reviews, fields, items, quality, html=html, dates=dates), quality
 
 
-# %% ../../nbs/data/15_readers.ipynb #cell-007
+# %% ../../nbs/data/15_readers.ipynb #cell-013
 AMAZON2023 = {
     "user_id": "user_id",
     "item_id": "parent_asin",
@@ -66,7 +119,7 @@ def read_amazon2023(folder: Path, spec: SetSpec) -> Tables:
     return _review_set(batches, reviews, AMAZON2023, spec)
 
 
-# %% ../../nbs/data/15_readers.ipynb #cell-011
+# %% ../../nbs/data/15_readers.ipynb #cell-017
 AMAZON2018 = {
     "user_id": "reviewerID",
     "item_id": "asin",
@@ -88,7 +141,7 @@ def read_amazon2018(folder: Path, spec: SetSpec) -> Tables:
     return _review_set(batches, reviews, AMAZON2018, spec, html=True)
 
 
-# %% ../../nbs/data/15_readers.ipynb #cell-015
+# %% ../../nbs/data/15_readers.ipynb #cell-021
 def _with_flat_categories(records: Iterable[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
     "Records whose paths of categories are one list, each name once."
     for row, record in records:
@@ -110,7 +163,7 @@ def read_amazon2014(folder: Path, spec: SetSpec) -> Tables:
     return _review_set(batches, reviews, AMAZON2018, spec, html=True)
 
 
-# %% ../../nbs/data/15_readers.ipynb #cell-019
+# %% ../../nbs/data/15_readers.ipynb #cell-025
 def unquoted(value):
     "An attribute without the quotes and records that are inside its string."
     if isinstance(value, dict):
@@ -124,7 +177,7 @@ def unquoted(value):
     return inner if isinstance(inner, (str, dict)) else value
 
 
-# %% ../../nbs/data/15_readers.ipynb #cell-021
+# %% ../../nbs/data/15_readers.ipynb #cell-027
 def first_photos(folder: Path) -> dict[str, str]:  # business -> path of its first photo
     "The first photos, none without a `photos.json`; raises ValueError for a record that is incomplete."
     photos: dict[str, str] = {}
@@ -151,7 +204,7 @@ def _businesses(folder: Path) -> Iterator[tuple[int, dict]]:
         yield row, record
 
 
-# %% ../../nbs/data/15_readers.ipynb #cell-022
+# %% ../../nbs/data/15_readers.ipynb #cell-028
 YELP_FIELDS = {
     "user_id": "user_id",
     "item_id": "business_id",
@@ -176,7 +229,7 @@ def read_yelp(folder: Path, spec: SetSpec) -> Tables:
     return items, events, quality
 
 
-# %% ../../nbs/data/15_readers.ipynb #cell-026
+# %% ../../nbs/data/15_readers.ipynb #cell-032
 READERS: dict[str, Callable] = {  # format -> (raw folder, SetSpec) -> items, events, quality
     "recbole": read_recbole,
     "table": read_table,

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "SECONDS_BELOW",
+    "IMAGE_SUFFIX",
     "as_text",
     "as_id",
     "clean_number",
@@ -17,19 +18,28 @@ __all__ = [
     "clean_column",
     "id_column",
     "milliseconds",
+    "is_missing",
+    "is_picture",
+    "columns",
+    "item_sources",
+    "items_table",
 ]
 
 # %% ../../nbs/data/10_values.ipynb #cell-003
 import html
 import math
+import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from bs4 import BeautifulSoup
 
-from .schema import LARGEST, Attribute
+from .jsonl import TextColumn, collection_paused
+from .schema import LARGEST, Attribute, Schema
 
 
 # %% ../../nbs/data/10_values.ipynb #cell-006
@@ -241,3 +251,137 @@ def milliseconds(
     if times.dtype.kind == "f":
         return np.clip(np.where(seconds, times * 1000, times).round(), -(2.0**62), 2.0**62).astype(np.int64)
     return np.where(seconds, np.clip(times, -(2**53), 2**53) * 1000, times)
+
+
+# %% ../../nbs/data/10_values.ipynb #cell-031
+def is_missing(value) -> bool:
+    "Is a value None, NaN, an empty text or an empty list?"
+    if isinstance(value, (list, Mapping)):
+        return not value
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value is pd.NA or value is pd.NaT
+
+
+# %% ../../nbs/data/10_values.ipynb #cell-032
+IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)(\?.*)?$", re.I)
+
+
+def is_picture(value) -> bool:
+    "Is this one picture: a path or address with an image's suffix, or a record of its sizes?"
+    if isinstance(value, Mapping):
+        return bool(value.keys() & {"large", "hi_res", "thumb"})
+    return isinstance(value, str) and bool(IMAGE_SUFFIX.search(value.strip()))
+
+
+# %% ../../nbs/data/10_values.ipynb #cell-033
+def columns(
+    records: list[Mapping],  # of `read_records`
+) -> dict[str, list]:  # dotted source -> the values that are not missing
+    "Columns of a table of records, in the order in which they first appear; a picture's record is one value."
+    table: dict[str, list] = {}
+
+    def add(record: Mapping, prefix: str) -> None:
+        for key, value in record.items():
+            value = value.tolist() if hasattr(value, "tolist") else value
+            if isinstance(value, Mapping) and not is_picture(value):
+                add(value, f"{prefix}{key}.")
+                continue
+            values = table.setdefault(f"{prefix}{key}", [])
+            if not is_missing(value):
+                values.append(value)
+
+    for record in records:
+        add(record, "")
+    return table
+
+
+# %% ../../nbs/data/10_values.ipynb #cell-036
+def item_sources(schema: Schema) -> list[str]:
+    "The raw fields that the items table of a schema is made of, dotted."
+    return [a.source for a in _raw_attributes(schema)]
+
+
+def _raw_attributes(schema: Schema) -> list[Attribute]:
+    "The attributes of a schema that are read from raw items."
+    return [a for a in schema if not a.from_train and a.type != "id"]
+
+
+def _same_value(a, b) -> bool:
+    "Are two canonical values the same? Missing is missing, as None or as NaN."
+    return (a is None or a != a) and (b is None or b != b) or a == b
+
+
+# %% ../../nbs/data/10_values.ipynb #cell-037
+class _ItemColumns:
+    "The canonical columns of the items so far."
+
+    def __init__(self, schema: Schema, html: bool):
+        self.attributes, self.html = _raw_attributes(schema), html
+        self.columns = {
+            a.name: [] if a.type in ("number", "category") else TextColumn() for a in self.attributes
+        }
+        self.words: dict[str, str] = {}  # each distinct category is held once
+        self.invalid: Counter = Counter()
+
+    def add(self, batch: Mapping[str, list], rows: list[int]) -> None:
+        "Append some rows of a batch of raw columns."
+        for a in self.attributes:
+            raw, column = batch[a.source], self.columns[a.name]
+            chosen = raw if len(rows) == len(raw) else [raw[k] for k in rows]
+            values = clean_column(chosen, a, self.invalid, self.html)
+            if isinstance(column, TextColumn):
+                if not isinstance(values, pa.Array):
+                    values = pa.array(values, pa.large_string())
+                column.add(pa.chunked_array([values]))
+                continue
+            if a.type == "category":
+                values = [[self.words.setdefault(v, v) for v in vs] for vs in values]
+            column.extend(values)
+
+    def row(self, batch: Mapping[str, list], k: int) -> dict:
+        "The canonical values of one row of a batch, not appended and not counted."
+        return {a.name: clean_value(batch[a.source][k], a, Counter(), self.html) for a in self.attributes}
+
+    def series(self, empty: bool) -> dict[str, pd.Series]:
+        "The columns as pandas has them."
+        return {
+            name: c.series() if isinstance(c, TextColumn) else pd.Series(c, dtype=object if empty else None)
+            for name, c in self.columns.items()
+        }
+
+
+# %% ../../nbs/data/10_values.ipynb #cell-038
+@collection_paused()
+def items_table(
+    # raw columns of some items at a time: those of `item_sources`, and the column of the ids
+    batches: Iterable[Mapping[str, list]],
+    key: str,  # the raw field that holds the item's id
+    schema: Schema,
+    quality: dict,  # counts are added under "invalid" and "dropped"
+    html: bool = False,  # are texts and categories pieces of HTML?
+) -> pd.DataFrame:
+    "The canonical items table, in the order of the file."
+    columns, dropped = _ItemColumns(schema, html), Counter()
+    row_of: dict[str, int] = {}  # item -> its row in the table
+    repeated = []  # (row in the table, canonical values) of each item that is listed again
+    for batch in batches:
+        new = []
+        for k, item in enumerate(id_column(batch[key])):
+            if not item:
+                dropped["item without an id"] += 1
+            elif item in row_of:
+                repeated.append((row_of[item], columns.row(batch, k)))
+            else:
+                row_of[item] = len(row_of)
+                new.append(k)
+        columns.add(batch, new)
+    made = columns.series(empty=not row_of)
+    for row, values in repeated:
+        same = all(_same_value(v, made[n].iloc[row]) for n, v in values.items())
+        dropped["item listed again" if same else "item listed again, with other values"] += 1
+    quality["dropped"] = {**quality.get("dropped", {}), **dropped}
+    quality["invalid"] = dict(columns.invalid)
+    return pd.DataFrame({"item_id": list(row_of), **made})
