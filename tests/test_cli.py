@@ -116,7 +116,7 @@ def test_a_draft_is_written_and_used_in_processes_of_their_own(root, shop):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (["schema", "propose", "nowhere.csv"], "nowhere.csv: there is no such file"),
         (
@@ -128,9 +128,11 @@ def test_a_draft_is_written_and_used_in_processes_of_their_own(root, shop):
         ([], "COMMAND"),
     ],
 )
-def test_bad_input_ends_with_two_and_no_traceback(root, words, told):
+def test_bad_input_ends_with_two_and_no_traceback(root, words, message):
     done = run(root, *words)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    assert (
+        done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    )
     assert done.stderr.splitlines()[-1].startswith("unirec") and "error: " in done.stderr.splitlines()[-1]
 
 
@@ -281,18 +283,18 @@ def test_options_reach_the_tables(shop, capsys):
     assert len(plain["test"]) == USERS and drawn.shape == (USERS, 4) and "left_out" not in plain
     _, other, _ = prepared("--seed", 1)
     assert not np.array_equal(drawn, other) and np.array_equal(drawn[:, 0], other[:, 0])
-    last, drawn, told = prepared("--split", "last_k", "--k", 2)
-    assert len(last["test"]) == 2 * USERS == len(drawn) and told["split"] == "last_k"
+    last, drawn, quality = prepared("--split", "last_k", "--k", 2)
+    assert len(last["test"]) == 2 * USERS == len(drawn) and quality["split"] == "last_k"
     touched = VISITS.groupby("user_id").item_id.agg(set)
     for user, row in zip(last["test"].user, drawn):
         assert not set(last["items"].item_id[row[1:]]) & touched[last["users"].user_id[user]]
-    timed, _, told = prepared("--split", "by_time", "--cuts", "2020-10-13", "2020-10-28")
+    timed, _, quality = prepared("--split", "by_time", "--cuts", "2020-10-13", "2020-10-28")
     assert timed["train"].timestamp.max() < pd.Timestamp("2020-10-13").timestamp() * 1000 <= timed[
         "valid"
     ].timestamp.min() and sum(
         map(len, (timed["train"], timed["valid"], timed["test"], timed["left_out"]))
     ) == len(VISITS)
-    assert told["test_users"] == timed["test"].user.nunique() and told["split_options"] == {
+    assert quality["test_users"] == timed["test"].user.nunique() and quality["split_options"] == {
         "cuts": ["2020-10-13", "2020-10-28"]
     }
     assert "left_out" not in prepared()[0], "what another rule wrote is gone"
@@ -304,11 +306,11 @@ def test_options_reach_the_tables(shop, capsys):
     WRITE["csv"](VISITS.assign(timestamp=VISITS.timestamp * 1000), shop / "shop" / "interactions.csv")
     assert prepared("--time-unit", "ms")[0]["train"].equals(plain["train"])
     WRITE["csv"](VISITS.assign(timestamp=7), shop / "shop" / "interactions.csv")
-    told = prepared("--ties", "shuffled")
+    shuffled = prepared("--ties", "shuffled")
     assert (
-        not told[0]["test"].equals(prepared()[0]["test"])
-        and told[2]["ties"] == "shuffled"
-        and told[2]["tied_events"] == len(VISITS)
+        not shuffled[0]["test"].equals(prepared()[0]["test"])
+        and shuffled[2]["ties"] == "shuffled"
+        and shuffled[2]["tied_events"] == len(VISITS)
     )
     capsys.readouterr()
 
@@ -322,7 +324,7 @@ def test_what_was_prepared_can_stand_in_params(shop, capsys):
 
 
 @pytest.mark.parametrize(
-    "more, told",
+    "more, message",
     [
         (["--split", "random"], "split 'random' is unknown"),
         (["--split", "last_k", "--cuts", "1", "2"], "--cuts belongs to --split by_time, not to last_k"),
@@ -333,10 +335,10 @@ def test_what_was_prepared_can_stand_in_params(shop, capsys):
         (["--raw", "nowhere"], "nowhere: there is no such folder"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(shop, more, told, capsys):
+def test_what_is_wrong_is_said_in_one_line(shop, more, message, capsys):
     assert cli.main(options(shop, *more)) == 2
     err = capsys.readouterr().err
-    assert told in err and err.count("\n") == 1 and err.startswith("unirec: error: ")
+    assert message in err and err.count("\n") == 1 and err.startswith("unirec: error: ")
 
 
 def test_the_raw_folder_is_never_written_into(shop, capsys):
@@ -432,8 +434,19 @@ def test_new_people_and_new_things(project, capsys, tmp_path):
     assert "(this history)" in out.splitlines()[-1]
 
 
+def test_a_mistyped_model_does_not_wait_for_torch(project):
+    script = (
+        "import sys, unirec.cli\n"
+        "code = unirec.cli.main(sys.argv[1:])\n"
+        "print(code, sorted({'torch', 'pandas', 'papermill'} & set(sys.modules)))"
+    )
+    words = ["recommend", "--dataset", "toy", "--user", "1", "--model", "unirek", "--root", str(project)]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 []\n" and "did you mean unirec" in done.stderr
+
+
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (["--user", "nobody"], "user 'nobody' is unknown"),
         (["--history", "nothing"], "item 'nothing' is unknown"),
@@ -447,11 +460,11 @@ def test_new_people_and_new_things(project, capsys, tmp_path):
         (["--attribute", "title=x", "--model", "markov"], "knows items by their events only"),
     ],
 )
-def test_a_bad_question_is_one_line(words, told, project, capsys):
+def test_a_bad_question_is_one_line(words, message, project, capsys):
     assert cli.main(["recommend", "--dataset", "toy", "--root", str(project), *words]) == 2
     out, err = capsys.readouterr()
     last = err.splitlines()[-1]
-    assert told in last and last.startswith("unirec: error: ") and not out
+    assert message in last and last.startswith("unirec: error: ") and not out
 
 
 def test_the_command_runs_in_a_process_of_its_own(root, project):

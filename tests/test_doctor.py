@@ -70,13 +70,13 @@ def tiny(root, tmp_path_factory) -> dict:
     ]
     done = subprocess.run(command, cwd=root, text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text()) | {"printed": done.stdout, "said": done.stderr}
+    return json.loads(out.read_text()) | {"printed": done.stdout, "errors": done.stderr}
 
 
 def test_the_command_counts_the_tiny_profile(tiny):
-    assert set(tiny) - {"printed", "said"} == FIELDS and tiny["random_weights"]
+    assert set(tiny) - {"printed", "errors"} == FIELDS and tiny["random_weights"]
     assert (
-        "RANDOM" in tiny["said"]
+        "RANDOM" in tiny["errors"]
         and "random weights" in tiny["printed"]
         and "1,000 users, 500 items, 9,000 events; as given at the command" in tiny["printed"]
     )
@@ -186,14 +186,14 @@ def test_the_committed_estimate_follows_from_the_profile(root, committed):
     assert committed["sizes"] == profile.sizes and committed["run"]["stages"] == pytest.approx(
         run_flops(committed["units"], profile.params, profile.sizes)
     )
-    for name, told in committed["hours"].items():
-        assert told == pytest.approx(
+    for name, hours in committed["hours"].items():
+        assert hours == pytest.approx(
             committed["run"]["flops"] / (SHARE * peaks[name]["tflops"] * 1e12) / 3600
         )
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (["--items", "5"], "belong to --dry-run"),
         (["--dry-run", "--events", "0"], "--events 0: at least 1"),
@@ -206,11 +206,11 @@ def test_the_committed_estimate_follows_from_the_profile(root, committed):
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(root, words, told, capsys, monkeypatch):
+def test_what_is_wrong_is_said_in_one_line(root, words, message, capsys, monkeypatch):
     monkeypatch.chdir(root)
     assert cli.main(["doctor", *words]) == 2
     err = capsys.readouterr().err
-    assert told in err and err.count("\n") == 1 and err.startswith("unirec: error: ")
+    assert message in err and err.count("\n") == 1 and err.startswith("unirec: error: ")
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def project(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         ("", "the file is empty"),
         ("- a\n", "the file is a list"),
@@ -231,7 +231,7 @@ def project(root, tmp_path):
         ("base: paper\nmemory: [{gbb: 9}]\n", "memory, line 1: gbb is not a field"),
     ],
 )
-def test_a_broken_profile_does_not_hide_the_others(project, text, told, capsys, monkeypatch):
+def test_a_broken_profile_does_not_hide_the_others(project, text, message, capsys, monkeypatch):
     monkeypatch.setattr(
         "unirec.pipeline.profiles.weights_status", lambda uri, root: (False, "not looked for")
     )
@@ -239,22 +239,22 @@ def test_a_broken_profile_does_not_hide_the_others(project, text, told, capsys, 
     (project / "profiles" / "gpus.yaml").write_text("")
     assert cli.main(["doctor", "--root", str(project)]) == 0
     out = capsys.readouterr().out
-    assert told in out.partition("Profile wrong: cannot be used")[2] and all(
+    assert message in out.partition("Profile wrong: cannot be used")[2] and all(
         f"Profile {n}: {read_profile(n, project).title}" in out for n in ("mini", "paper", "paper-tiny")
     )
     assert cli.main(["doctor", "--root", str(project), "--profile", "wrong"]) == 2
     err = capsys.readouterr().err
-    assert "profiles/wrong.yaml" in err and told in err and err.count("\n") == 1
+    assert "profiles/wrong.yaml" in err and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "name, words", [("params.yaml", []), ("profiles/gpus.yaml", ["--dry-run", "--profile", "paper-tiny"])]
 )
 @pytest.mark.parametrize(
-    "text, told", [("", "the file is empty"), ("- a\n", "the file is a list"), ("a: {\n", "not YAML")]
+    "text, message", [("", "the file is empty"), ("- a\n", "the file is a list"), ("a: {\n", "not YAML")]
 )
-def test_a_broken_file_is_named(project, name, words, text, told, capsys):
+def test_a_broken_file_is_named(project, name, words, text, message, capsys):
     (project / name).write_text(text)
     assert cli.main(["doctor", "--root", str(project), *words]) == 2
     err = capsys.readouterr().err
-    assert name in err and told in err and err.count("\n") == 1
+    assert name in err and message in err and err.count("\n") == 1

@@ -308,10 +308,10 @@ def test_results_are_whole_and_finite(clone):
     ranks = pd.read_parquet(clone.folder / "predictions" / DATASET / "ranks.parquet")
     assert (ranks.groupby("model").size() == clone.json("results", DATASET, "quality.json")["users"]).all()
     ours = (1 / ranks[ranks.model == "unirec"].full).mean()
-    told = table[
+    reported = table[
         (table.model == "unirec") & (table.metric == "mrr") & (table.protocol == "full")
     ].value.item()
-    assert ours == pytest.approx(told, abs=1e-6)
+    assert ours == pytest.approx(reported, abs=1e-6)
     curves = pd.read_csv(folder / "curves.csv")
     assert set(zip(curves.model, curves.stage)) == {
         (m, s) for m in ("unirec", "unirec_id") for s in ("pretrain", "finetune")

@@ -309,7 +309,7 @@ def test_every_value_of_the_paper_has_a_source(root):
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         (
             "title: x\nbase: paper\nparams: {model: {widht: 3}}\n",
@@ -335,7 +335,7 @@ def test_every_value_of_the_paper_has_a_source(root):
         ("base: paper\nneeds: {}\n", "profiles/wrong.yaml: needs: gpu_gb is missing"),
     ],
 )
-def test_a_wrong_profile_is_one_line(root, tmp_path, capsys, text, told):
+def test_a_wrong_profile_is_one_line(root, tmp_path, capsys, text, message):
     (tmp_path / "profiles").mkdir()
     for name in ("params.yaml", "profiles/paper.yaml"):
         (tmp_path / name).write_text((root / name).read_text())
@@ -343,7 +343,7 @@ def test_a_wrong_profile_is_one_line(root, tmp_path, capsys, text, told):
     (tmp_path / "profiles" / "wrong.yaml").write_text(text)
     assert main(["profile", "wrong", "--root", str(tmp_path), "--only-make"]) == 2
     err = capsys.readouterr().err
-    assert told in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
 def test_make_knows_the_profiles(root):

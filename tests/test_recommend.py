@@ -49,14 +49,14 @@ def test_the_place_in_the_list_is_the_rank_and_the_history_is_left_out(toy):
     r, _ = toy
     places = 0
     for u, user in enumerate(r.users):
-        table, had = (
+        table, seen = (
             r.user(user, top=len(r.data.items)),
             set(r.histories.items[r.histories.offsets[u] : r.histories.offsets[u + 1]].tolist()),
         )
-        assert len(table) == len(r.data.items) - len(had) and not set(table.item_id) & set(
-            r.data.items.item_id.iloc[sorted(had)]
+        assert len(table) == len(r.data.items) - len(seen) and not set(table.item_id) & set(
+            r.data.items.item_id.iloc[sorted(seen)]
         )
-        assert table.hit.sum() == (r.targets[u] not in had) and table.score.is_monotonic_decreasing
+        assert table.hit.sum() == (r.targets[u] not in seen) and table.score.is_monotonic_decreasing
         if table.hit.any():
             assert table.place[table.hit].iloc[0] == r.rank(user)
             places += 1
@@ -108,7 +108,7 @@ def test_a_new_item_ranks_as_if_it_were_in_the_catalogue(toy):
 
 
 @pytest.mark.parametrize(
-    "ask, told",
+    "ask, message",
     [
         (lambda r: r.user("nobody"), "user 'nobody' is unknown"),
         (lambda r: r.history(["x"]), "item 'x' is unknown"),
@@ -135,8 +135,8 @@ def test_a_new_item_ranks_as_if_it_were_in_the_catalogue(toy):
         (lambda r: r.new_item({"price": -5}), "attribute 'price': -5 is no number from 0"),
     ],
 )
-def test_bad_questions_get_one_clear_error(ask, told, toy):
-    with pytest.raises(ValueError, match=told):
+def test_bad_questions_get_one_clear_error(ask, message, toy):
+    with pytest.raises(ValueError, match=message):
         ask(toy[0])
 
 
@@ -170,7 +170,7 @@ def project(toy_project, tmp_path) -> tuple[Path, dict]:
     return tmp_path, params
 
 
-def told(project: Path, capsys) -> str:
+def last_error(project: Path, capsys) -> str:
     "The one line that `unirec recommend` ends with."
     assert cli.main(["recommend", "--dataset", "toy", "--root", str(project), "--user", "x"]) == 2
     out, err = capsys.readouterr()
@@ -201,7 +201,7 @@ def test_a_model_of_other_settings_does_not_answer(path, value, expected, projec
         at = at[name]
     at[last] = value
     write_params(root, changed)
-    assert expected in told(root, capsys)
+    assert expected in last_error(root, capsys)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_model_of_other_settings_does_not_answer(path, value, expected, projec
 def test_damaged_artefacts_are_named_in_one_line(name, change, expected, project, capsys):
     root, _ = project
     change(root / name)
-    assert expected in told(root, capsys)
+    assert expected in last_error(root, capsys)
 
 
 @pytest.mark.parametrize("dataset", ["sample", "movielens"])

@@ -31,10 +31,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import nbformat
 import numpy as np
 import pandas as pd
-import papermill
 
 from ..core.files import peak_memory_mb
 from ..core.params import read_params
@@ -187,6 +185,8 @@ def strip_volatile(
     path: Path,  # an executed notebook, changed in place
 ) -> None:
     "Remove what differs between two equal runs."
+    import nbformat  # takes seconds, which `unirec verify` and a mistyped stage do not need
+
     nb = nbformat.read(path, as_version=4)
     nb.metadata = {name: value for name, value in nb.metadata.items() if name == "kernelspec"}
     for number, cell in enumerate(nb.cells):
@@ -210,6 +210,8 @@ def run_stage(
     log: bool = True,  # pass on what the notebook prints
 ) -> Path:  # the executed notebook
     "Execute a stage's notebook with its parameters; raises KeyError that names a parameter which is missing."
+    import papermill  # takes seconds as well
+
     name = STAGES[stage][0]
     injected = {
         "dataset": dataset,
