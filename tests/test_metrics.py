@@ -45,6 +45,7 @@ from unirec.evaluation.significance import bootstrap, compare_models, holm, pair
 from unirec.pipeline import evaluate
 from unirec.pipeline import stages as steps
 from unirec.training import objective as task
+from unirec.training import resume
 
 
 def histories(sequences: list[list[int]], n_items: int) -> Histories:
@@ -516,7 +517,7 @@ def test_load_needs_no_test_file_and_holds_no_test_event(toy_project, without_te
         catalogue.load(without_test, store, spec_of(params)),
     )
     assert (
-        task.data_hash(whole) == task.data_hash(trimmed)
+        resume.data_hash(whole) == resume.data_hash(trimmed)
         and whole.items.equals(trimmed.items)
         and np.array_equal(whole.valid_targets, trimmed.valid_targets)
     )

@@ -31,6 +31,8 @@ from torch.nn import functional as F
 
 from ..data.histories import Histories, windows
 from ..evaluation.metrics import full_ranks, summarise
+from ..model.events import lay_out, same_window
+from ..model.losses import catalogue_cross_entropy
 from ..training.loop import FitConfig, fit
 
 # %% ../../nbs/baselines/03_sequential.ipynb #cell-010
@@ -43,18 +45,16 @@ def _check_vectors(vectors: np.ndarray | None, n_items: int, source: str) -> Non
         raise ValueError(f"source {source!r}: use one of {', '.join(SOURCES)}")
     if source == "ids":
         return
-    shape = None if vectors is None else tuple(np.shape(vectors))
-    fits = shape is not None and len(shape) == 2 and shape[0] == n_items
-    if not fits or not np.isfinite(vectors).all():
-        got = (
-            "none"
-            if shape is None
-            else f"shape {shape}" + (" with values that are not finite" if fits else "")
-        )
-        raise ValueError(
-            f"source {source!r} needs vectors of shape ({n_items}, D), one finite row an item of the"
-            f" catalogue; got {got}"
-        )
+    if vectors is None:
+        got = "none"
+    elif vectors.ndim != 2 or len(vectors) != n_items:
+        got = f"shape {vectors.shape}"
+    elif not np.isfinite(vectors).all():
+        got = f"shape {vectors.shape} with values that are not finite"
+    else:
+        return
+    wanted = f"vectors of shape ({n_items}, D), one finite row an item of the catalogue"
+    raise ValueError(f"source {source!r} needs {wanted}; got {got}")
 
 
 # %% ../../nbs/baselines/03_sequential.ipynb #cell-011
@@ -94,13 +94,14 @@ class ItemTable(nn.Module):
         if self.ids is None:
             return projected
         # 0, or 1 / (1 - id_dropout)
-        kept = self.id_dropout(torch.ones(len(projected), 1, device=projected.device))
-        return projected + kept * self.ids.weight
+        return projected + self.id_dropout(torch.ones_like(projected[:, :1])) * self.ids.weight
 
 
 # %% ../../nbs/baselines/03_sequential.ipynb #cell-016
 class SequenceModel(nn.Module):
     "What SASRec and GRU4Rec share: one table of items for input and output, and cosine scores."
+
+    packed = False  # can it read several windows in one row?
 
     def __init__(
         self,
@@ -122,10 +123,13 @@ class SequenceModel(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def scores(self, hidden: Tensor) -> Tensor:  # (..., width) -> (..., N)
-        "Cosine with every item over the temperature."
-        temperature = self.log_temperature.exp().clamp(0.01, 1.0)
-        return F.normalize(hidden, dim=-1) @ F.normalize(self.items(), dim=-1).T / temperature
+    def queries(self, hidden: Tensor) -> Tensor:  # (..., width) -> (..., width)
+        "Hidden states of length one over the temperature."
+        return F.normalize(hidden, dim=-1) / self.log_temperature.exp().clamp(0.01, 1.0)
+
+    def candidates(self) -> Tensor:  # (N, width)
+        "Embeddings of all items, of length one."
+        return F.normalize(self.items(), dim=-1)
 
 
 # %% ../../nbs/baselines/03_sequential.ipynb #cell-018
@@ -147,13 +151,17 @@ class CausalBlock(nn.Module):
             nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
         )
 
-    def forward(self, hidden: Tensor) -> Tensor:  # (B, L, width) -> (B, L, width)
+    def forward(
+        self,
+        hidden: Tensor,  # (B, L, width)
+        mask: Tensor | None = None,  # (B, 1, L, L) bool, True = may be read; None: everything up to the place
+    ) -> Tensor:  # (B, L, width)
         "Attend, then feed forward."
         query, key, value = (
             self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         )
         # (B, heads, L, width / heads)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
         hidden = hidden + self.dropout(self.out(attended.transpose(1, 2).flatten(-2)))
         return hidden + self.dropout(self.feed_forward(self.forward_norm(hidden)))
 
@@ -161,6 +169,8 @@ class CausalBlock(nn.Module):
 # %% ../../nbs/baselines/03_sequential.ipynb #cell-022
 class SASRec(SequenceModel):
     "Causal transformer over items."
+
+    packed = True
 
     def __init__(
         self,
@@ -177,20 +187,31 @@ class SASRec(SequenceModel):
         self.norm = nn.LayerNorm(width)
         self.start()
 
-    def forward(self, items: Tensor) -> Tensor:  # (B, L) int64, anything at padded places -> (B, L, width)
-        "Hidden state at every position, from the items up to there."
-        hidden = self.dropout(self.inputs(items) + self.positions.weight[: items.shape[1]])
+    def forward(
+        self,
+        items: Tensor,  # (B, L) int64, anything at padded places
+        window: Tensor
+        | None = None,  # (B, L) int64, which window of its row a place belongs to; None: one each
+    ) -> Tensor:  # (B, L, width)
+        "Hidden state at every position, from the items of its window up to there."
+        if window is None:
+            mask, places = None, self.positions.weight[: items.shape[1]]
+        else:
+            mask = same_window(window)
+            places = self.positions(mask.sum(-1) - 1)  # as many places are visible as come before, and itself
+            mask = mask[:, None]
+        hidden = self.dropout(self.inputs(items) + places)
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, mask)
         return self.norm(hidden)
 
 
 # %% ../../nbs/baselines/03_sequential.ipynb #cell-025
 class SequenceScorer:
-    "A trained sequence model as a scorer; `model` and `log` (one row an epoch) stay at hand."
+    "A trained sequence model as a scorer; all items are embedded once, when it is first called."
 
     def __init__(self, model: nn.Module, length: int):
-        self.model, self.length, self.log = model, length, []
+        self.model, self.length, self.log, self.candidates = model, length, [], None
 
     @torch.no_grad()
     def __call__(
@@ -203,10 +224,20 @@ class SequenceScorer:
         counts = (events >= 0).sum(1)
         if not counts.all():
             raise ValueError(f"user row {np.asarray(users)[np.argmin(counts)]} has no history")
+        real = events >= 0
+        rows, places, window = lay_out(counts, self.length if self.model.packed else 0)
+        ends = counts.cumsum() - 1  # where the last event of each user is
+        inputs, of = np.zeros((2, rows.max() + 1, places.max() + 1), np.int64)
+        inputs[rows, places], of[rows, places] = histories.items[events[real]], window + 1
         device = next(self.model.parameters()).device
-        items = torch.as_tensor(histories.items[np.maximum(events, 0)], device=device)
-        last = self.model(items[:, : counts.max()])[torch.arange(len(items)), torch.as_tensor(counts - 1)]
-        return self.model.scores(last).float().cpu()
+        tables = [torch.as_tensor(table, device=device) for table in (inputs, of)]
+        states = self.model(*tables[: 1 + self.model.packed])
+        last = states[torch.as_tensor(rows[ends]), torch.as_tensor(places[ends])]
+        if self.candidates is None:
+            items = self.model.candidates()
+            # rows of the product begin at whole cache lines
+            self.candidates = F.pad(items, (0, 0, 0, -len(items) % 16))
+        return (self.model.queries(last) @ self.candidates.T)[:, : histories.n_items].float().cpu()
 
 
 # %% ../../nbs/baselines/03_sequential.ipynb #cell-028
@@ -216,51 +247,55 @@ def window_batches(
     batch: int,  # windows a batch
     steps: int,  # an epoch has at least so many batches
     seed: int,  # of the cuts and of the order
-) -> Callable:  # epoch -> list of {"inputs" (B, L), "targets" (B, L) with -1 where there is none, "events"}
-    "Windows of train events, cut and shuffled anew each epoch."
+    packed: bool = True,  # several windows a row of `length` places, or one window a row
+) -> Callable:  # epoch -> list of {"inputs" (B, L), "targets" (B, L), "window" (B, L) where packed, "events"}
+    "Windows of train events, cut and shuffled anew each epoch; targets and windows are -1 at padding."
 
     def batches(epoch: int) -> list[dict]:
-        rng, found = np.random.default_rng([seed, epoch]), []
-        while len(found) < steps:
+        rng, made = np.random.default_rng([seed, epoch]), []
+        while len(made) < steps:
             events = rng.permutation(windows(train, length, rng))
             for part in np.array_split(events, -(-len(events) // batch)):
-                part = part[:, : (part >= 0).sum(1).max()]
-                items = torch.from_numpy(np.where(part >= 0, train.items[part], -1))
-                found.append(
-                    {
-                        "inputs": items[:, :-1].clamp(min=0),
-                        "targets": items[:, 1:],
-                        "events": int((items[:, 1:] >= 0).sum()),
-                    }
-                )
-        return found
+                made.append(_window_batch(train.items, part, length if packed else 0))
+        return made
 
     return batches
+
+
+def _window_batch(
+    items: np.ndarray,  # (E,) of all events
+    part: np.ndarray,  # (W, length + 1) event numbers of the batch's windows, -1 = padding at the right
+    capacity: int,  # places of a row that holds several windows; 0: one window a row
+) -> dict:  # one of `window_batches`
+    "One batch: the windows' inputs and targets, and which window stands at a place."
+    real = part[:, 1:] >= 0
+    rows, places, of_place = lay_out(real.sum(1), capacity)
+    inputs = np.zeros((rows.max() + 1, capacity or places.max() + 1), np.int64)
+    targets, window = np.full_like(inputs, -1), np.full_like(inputs, -1)
+    inputs[rows, places], targets[rows, places] = items[part[:, :-1][real]], items[part[:, 1:][real]]
+    window[rows, places] = of_place
+    tables = {"inputs": inputs, "targets": targets} | ({"window": window} if capacity else {})
+    return {name: torch.from_numpy(table) for name, table in tables.items()} | {"events": len(rows)}
 
 
 # %% ../../nbs/baselines/03_sequential.ipynb #cell-030
 def next_item_cross_entropy(
     model: SequenceModel,
-    batch: dict[str, Tensor],
-    # do items of the window so far compete? The ranking leaves them out, all but the
-    # target
-    seen: bool = True,
+    batch: dict[str, Tensor],  # of `window_batches`
+    seen: bool = True,  # do earlier items compete? The ranking leaves them out, all but the target
 ) -> Tensor:
     "Cross-entropy of the next item over the whole catalogue, mean over real positions."
-    real, inputs = batch["targets"] >= 0, batch["inputs"]
-    scores, targets = model.scores(model(inputs)[real]).float(), batch["targets"][real]
+    inputs, window, real = batch["inputs"], batch.get("window"), batch["targets"] >= 0
+    states = model(inputs) if window is None else model(inputs, window)
+    targets, left_out = batch["targets"][real], None
     if not seen:
-        steps = torch.arange(inputs.shape[1], device=inputs.device)
-        first = torch.full(
-            (len(inputs), scores.shape[1]), inputs.shape[1], device=inputs.device
-        ).scatter_reduce_(1, inputs, steps.expand_as(inputs), "amin")
-        # (M, N); padding stands behind all real steps
-        had = (first[:, None] <= steps[:, None])[real].scatter_(1, targets[:, None], False)
-        scores = scores.masked_fill(had, -torch.inf)
-    return F.cross_entropy(scores, targets)
+        visible = same_window(torch.zeros_like(inputs) if window is None else window)[real]
+        earlier = inputs[:, None].expand(-1, inputs.shape[1], -1)[real]  # (M, L) items of each position's row
+        left_out = torch.where(visible, earlier, targets[:, None])
+    return catalogue_cross_entropy(model.queries(states[real]), model.candidates(), targets, left_out)
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-032
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-034
 @dataclass
 class SASRecConfig:
     "What SASRec is made of and how its batches are cut; rates and epochs are `FitConfig`'s."
@@ -279,24 +314,22 @@ class SASRecConfig:
     hidden: int = 0  # width of the projection's hidden layer; 0: linear
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-033
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-035
 def _train_sequence(
     model: SequenceModel, train: Histories, targets: np.ndarray, config, fit_config: FitConfig, desc: str
 ) -> SequenceScorer:
     "Next-item training with early stop on the full-catalogue MRR of valid."
-    scorer = SequenceScorer(model, config.length)
-    batches = window_batches(train, config.length, config.batch, config.steps, fit_config.seed)
+    batches = window_batches(train, config.length, config.batch, config.steps, fit_config.seed, model.packed)
 
     def validate(trained):
-        return summarise(full_ranks(scorer, train, targets))
+        return summarise(full_ranks(SequenceScorer(trained, config.length), train, targets))
 
-    scorer.log = fit(
-        model, batches, partial(next_item_cross_entropy, seen=config.seen), validate, fit_config, desc=desc
-    )
+    loss, scorer = partial(next_item_cross_entropy, seen=config.seen), SequenceScorer(model, config.length)
+    scorer.log = fit(model, batches, loss, validate, fit_config, desc=desc)
     return scorer
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-034
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-036
 def sasrec(
     train: Histories,  # train events
     targets: np.ndarray,  # (U,) int64 valid items: early stop only
@@ -308,27 +341,14 @@ def sasrec(
     "Train SASRec; raises ValueError where the source needs vectors and they do not fit the catalogue."
     config, fit_config = config or SASRecConfig(), fit_config or FitConfig(epochs=20, lr=5e-3, patience=5)
     torch.manual_seed(fit_config.seed)
-    table = ItemTable(
-        train.n_items,
-        config.width,
-        config.source,
-        vectors,
-        config.vector_dropout,
-        config.id_dropout,
-        config.hidden,
-    )
+    of_table = config.source, vectors, config.vector_dropout, config.id_dropout, config.hidden
+    table = ItemTable(train.n_items, config.width, *of_table)
     model = SASRec(table, config.width, config.layers, config.heads, config.dropout, config.length)
-    return _train_sequence(
-        model,
-        train,
-        targets,
-        config,
-        fit_config,
-        "sasrec" if config.source == "ids" else f"sasrec on {config.source}",
-    )
+    desc = "sasrec" if config.source == "ids" else f"sasrec on {config.source}"
+    return _train_sequence(model, train, targets, config, fit_config, desc)
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-043
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-045
 class GRU4Rec(SequenceModel):
     "Gated recurrent units over items."
 
@@ -350,7 +370,7 @@ class GRU4Rec(SequenceModel):
         return self.out(self.dropout(self.gru(self.dropout(self.inputs(items)))[0]))
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-045
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-047
 @dataclass
 class GRU4RecConfig:
     "What GRU4Rec is made of and how its batches are cut; rates and epochs are `FitConfig`'s."
@@ -365,7 +385,7 @@ class GRU4RecConfig:
     seen: bool = True  # do the user's earlier items compete in the loss?
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-046
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-048
 def gru4rec(
     train: Histories,  # train events
     targets: np.ndarray,  # (U,) int64 valid items: early stop only
@@ -375,7 +395,6 @@ def gru4rec(
     "Train GRU4Rec with early stop on the full-catalogue MRR of valid."
     config, fit_config = config or GRU4RecConfig(), fit_config or FitConfig(epochs=20, lr=5e-3, patience=5)
     torch.manual_seed(fit_config.seed)
-    model = GRU4Rec(
-        ItemTable(train.n_items, config.width), config.width, config.hidden, config.layers, config.dropout
-    )
+    table = ItemTable(train.n_items, config.width)
+    model = GRU4Rec(table, config.width, config.hidden, config.layers, config.dropout)
     return _train_sequence(model, train, targets, config, fit_config, "gru4rec")

@@ -12,6 +12,9 @@ __all__ = [
     "last_batches",
     "visible_events",
     "seen_items_mask",
+    "first_fit",
+    "lay_out",
+    "same_window",
 ]
 
 # %% ../../nbs/model/04_events.ipynb #cell-003
@@ -185,3 +188,44 @@ def seen_items_mask(
     rows = torch.where(visible, batch["items"][:, None], n)
     seen = torch.zeros(*rows.shape[:2], n + 1, dtype=torch.bool, device=rows.device)
     return seen.scatter_(2, rows, True)[..., :n]
+
+
+# %% ../../nbs/model/04_events.ipynb #cell-024
+def first_fit(
+    lengths: np.ndarray,  # (W,) of the windows, at least 1
+    capacity: int,  # places of a row, at least the largest length
+) -> tuple[np.ndarray, np.ndarray]:  # (W,) row and (W,) first place of each window
+    "Pack windows into rows, the longest first, each into the first row that has room."
+    row, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    room = np.zeros(0, np.int64)  # free places of each row
+    for length in np.unique(lengths)[::-1]:
+        same = np.flatnonzero(lengths == length)
+        fit = room // length
+        left = max(0, len(same) - fit.sum())
+        room = np.append(room, np.full(-(-left // (capacity // length)), capacity))
+        fit = room // length
+        taken = np.clip(len(same) - (fit.cumsum() - fit), 0, fit)  # windows of this length that each row gets
+        row[same] = rows = np.repeat(np.arange(len(room)), taken)
+        within = np.arange(len(same)) - np.repeat(taken.cumsum() - taken, taken)
+        start[same] = capacity - room[rows] + within * length
+        room -= taken * length
+    return row, start
+
+
+def lay_out(
+    counts: np.ndarray,  # (W,) places that each window needs, at least 1
+    capacity: int,  # places of a row that holds several windows; 0: one window a row
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (E,) row, (E,) place in it, (E,) window; E = counts.sum()
+    "Where the events of windows stand, window by window, once they are packed into rows."
+    row, start = first_fit(counts, capacity) if capacity else (np.arange(len(counts)), np.zeros_like(counts))
+    window = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(window)) - np.repeat(counts.cumsum() - counts, counts)
+    return row[window], start[window] + within, window
+
+
+def same_window(
+    window: Tensor,  # (B, L) long, which window of its row each place belongs to; -1: none
+) -> Tensor:  # (B, L, L) bool, True = the first place may read the second
+    "Places of the same window that are not later; a place without a window reads places without one."
+    later = torch.ones(window.shape[1], window.shape[1], dtype=torch.bool, device=window.device).triu(1)
+    return (window[:, :, None] == window[:, None]) & ~later

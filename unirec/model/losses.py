@@ -7,6 +7,7 @@ __all__ = [
     "POSITIVES",
     "Temperature",
     "info_nce",
+    "catalogue_cross_entropy",
     "sample_catalogue",
     "in_batch",
     "near_duplicates",
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+
+from ..core.device import native_bf16
 
 
 # %% ../../nbs/model/08_losses.ipynb #cell-006
@@ -65,6 +68,93 @@ def info_nce(
 
 
 # %% ../../nbs/model/08_losses.ipynb #cell-019
+def _rows_at_a_time(device: torch.device, columns: int, rows: int) -> int:
+    "Rows of scores whose chunk fits the cache of a processor (12 MB), or a GPU's memory with ease (256 MB)."
+    numbers = 3 * 2**20 if device.type == "cpu" else 2**26
+    chunks = -(-rows // max(1, numbers // columns))
+    return -(-rows // chunks)  # of equal size, as far as that goes
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    "The gradients are made in the forward pass, a chunk of rows at a time."
+
+    @staticmethod
+    def forward(ctx, query, items, gain, target, left_out, log_q, weight, dtype):
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        m, n, columns = len(query), len(items), -(-len(items) // 16) * 16
+        rows = _rows_at_a_time(query.device, columns, m)
+        queries = query.detach().to(dtype)
+        # products are up to twice as fast where rows of the matrix begin at whole cache lines
+        candidates = F.pad(items.detach().to(dtype), (0, 0, 0, columns - n))
+        of_queries = torch.empty_like(query, dtype=torch.float32)
+        of_items = torch.zeros_like(candidates, dtype=torch.float32)
+        of_gain, losses = query.new_zeros(m, dtype=torch.float32), []
+        chunk = candidates.new_empty(rows, columns)
+        for start in range(0, m, rows):
+            part = slice(start, start + rows)
+            goal, q = target[part, None], queries[part]
+            scores = torch.mm(q, candidates.T, out=chunk[: len(q)])
+            scores[:, n:] = -torch.inf
+            if log_q is not None:
+                scores[:, :n] -= log_q
+            own = (query.detach()[part].float() * items.detach()[goal[:, 0]].float()).sum(1, keepdim=True)
+            if gain is not None:
+                own = own + gain.detach()[part, None]
+            if left_out is not None:
+                scores.scatter_(1, left_out[part], -torch.inf)
+            scores.scatter_(1, goal, own.to(dtype))
+            largest = scores.amax(1, keepdim=True).float()
+            torch.softmax(scores, 1, out=scores)
+            # the largest share is exp(0) over the sum
+            losses.append((largest - scores.amax(1, keepdim=True).float().log() - own)[:, 0])
+            if not wanted:
+                continue
+            scores.scatter_add_(1, goal, -torch.ones_like(goal, dtype=dtype))
+            if weight is not None:
+                scores *= weight[part, None]
+            of_gain[part] = scores.gather(1, goal)[:, 0].float()
+            of_queries[part] = scores @ candidates
+            if dtype == torch.float32:
+                of_items.addmm_(scores.T, q)
+            else:
+                of_items += scores.T @ q
+        losses = torch.cat(losses)
+        total = m if weight is None else weight.sum()
+        ctx.gradients = [g.div_(total) for g in (of_queries, of_items[:n], of_gain)]
+        ctx.types = query.dtype, items.dtype
+        return (losses if weight is None else losses * weight).sum() / total
+
+    @staticmethod
+    def backward(ctx, *outer):
+        of_queries, of_items, of_gain = (g * outer[0] for g in ctx.gradients)
+        query, items = (g.to(t) for g, t in zip((of_queries, of_items), ctx.types, strict=True))
+        return query, items, of_gain if ctx.needs_input_grad[2] else None, None, None, None, None, None
+
+
+def catalogue_cross_entropy(
+    query: Tensor,  # (M, D), already divided by the temperature
+    items: Tensor,  # (N, D) candidates
+    target: Tensor,  # (M,) long, the row of the right candidate
+    # (M, S) long: rows of candidates that do not compete for this query, in any order and number; the target
+    # competes even where it is among them, so it fills the list up
+    left_out: Tensor | None = None,
+    log_q: Tensor
+    | None = None,  # (N,) log of the chance that a candidate is in the list; None: all are there
+    gain: Tensor | None = None,  # (M,) added to the target's score
+    weight: Tensor | None = None,  # (M,) of each query in the mean; None: all count the same
+    dtype: torch.dtype | None = None,  # of the products; None: bfloat16 where it is native, else float32
+) -> Tensor:  # scalar, nats
+    """Cross-entropy of the target among all items, without a matrix of the scores.
+
+    `info_nce(query, items, target, 1)` is the plain form; no gradient of a gradient is offered."""
+    if not len(target):
+        return (query.sum() + items.sum()).float() * 0
+    dtype = dtype or (torch.bfloat16 if native_bf16() else torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        return _ChunkedCrossEntropy.apply(query, items, gain, target, left_out, log_q, weight, dtype)
+
+
+# %% ../../nbs/model/08_losses.ipynb #cell-027
 def sample_catalogue(
     targets: Tensor,  # (M,) long item index
     n_items: int,
@@ -91,7 +181,7 @@ def sample_catalogue(
     return torch.cat([own, extra]), row, log_q
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-024
+# %% ../../nbs/model/08_losses.ipynb #cell-032
 def in_batch(
     targets: Tensor,  # (M,) long item index
     # (N,) float, share of each item among the train targets; above 0 for every target
@@ -102,7 +192,7 @@ def in_batch(
     return items, row, torch.log(-torch.expm1(len(targets) * torch.log1p(-share[items])))
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-035
+# %% ../../nbs/model/08_losses.ipynb #cell-043
 def near_duplicates(
     vectors: Tensor,  # (N, D) one vector an item; all zero = nothing is known
     threshold: float,  # cosine from which two items are the same, in (0, 1]
@@ -125,7 +215,7 @@ def near_duplicates(
     return torch.as_tensor(group, dtype=torch.long, device=vectors.device)
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-040
+# %% ../../nbs/model/08_losses.ipynb #cell-048
 def false_negatives(
     groups: Tensor,  # (N,) long, group of every item
     target_items: Tensor,  # (M,) long
@@ -137,7 +227,7 @@ def false_negatives(
     )
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-043
+# %% ../../nbs/model/08_losses.ipynb #cell-051
 POSITIVES = ("views", "next", "co")  # what is a positive pair in stage 1
 
 
@@ -167,7 +257,7 @@ def item_pairs(
     return items[both], items.gather(1, other)[both]
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-046
+# %% ../../nbs/model/08_losses.ipynb #cell-054
 def two_views(
     # (N, D) embeddings of one side of N pairs (two views of an item, or two items of a history), length 1
     a: Tensor,

@@ -356,7 +356,7 @@ def fit(
 
     saved, best = load_state(state, key, write), None
     epoch_batches = batches(saved[0].epoch if saved else 0)
-    optimiser = torch.optim.AdamW(parameter_groups(model, config, groups))
+    optimiser = torch.optim.AdamW(parameter_groups(model, config, groups), fused=True)
     for g in optimiser.param_groups:
         g["initial_lr"] = g["lr"]
     module, optimiser = accelerator.prepare(ModelAndLoss(model, loss_fn), optimiser)

@@ -12,7 +12,6 @@ __all__ = [
     "step_loss",
     "MovingAverage",
     "Objective",
-    "data_hash",
     "train",
 ]
 
@@ -30,15 +29,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import unirec
 from ..core.device import keep_memory
 from ..encoders.catalogue import Data, item_vectors
 from ..evaluation.metrics import full_ranks, summarise
-from ..model.events import Events, seen_items_mask, training_batches
+from ..model.events import Events, seen_items_mask, training_batches, visible_events
 from ..model.hierarchy import EncoderConfig, Reconstruction
 from ..model.llm import LLMConfig
 from unirec.model.losses import (
     POSITIVES,
+    catalogue_cross_entropy,
     false_negatives,
     in_batch,
     info_nce,
@@ -49,6 +48,7 @@ from unirec.model.losses import (
 )
 from ..model.recommender import UniRec
 from .loop import FitConfig, fit
+from .resume import code_hash, data_hash
 
 # %% ../../nbs/training/03_objective.ipynb #cell-006
 SOFTMAX = ("auto", "full", "sampled", "in_batch")  # which items the next one competes with
@@ -104,6 +104,23 @@ def _listed_candidates(
 
 
 # %% ../../nbs/training/03_objective.ipynb #cell-010
+def _seen_rows(
+    batch: dict[str, Tensor],  # whose `items` are numbers below n
+    wanted: Tensor,  # (B, P) bool, M of them True
+    scored: Tensor,  # (C,) long, which of the n items are candidates
+    row: Tensor,  # (M,) long, the target's row among the candidates
+    n: int,
+) -> tuple[Tensor, Tensor]:  # (M, T) long, filled up with the target; (M,) bool, was the target seen before?
+    "Rows of the candidates that each position has seen, in the window that is read."
+    visible = visible_events(batch, batch["items"].shape[1])[0]
+    seen = batch["items"][:, None].expand(visible.shape)[wanted]
+    candidate = torch.full((n,), -1, device=row.device)
+    candidate[scored] = torch.arange(len(scored), device=row.device)
+    rows = torch.where(visible[wanted], candidate[seen], -1)
+    return torch.where(rows < 0, row[:, None], rows), (rows == row[:, None]).any(1)
+
+
+# %% ../../nbs/training/03_objective.ipynb #cell-011
 def next_item_loss(
     model: UniRec,
     batch: dict[str, Tensor],  # as `unirec.model.events.training_batches` makes them
@@ -126,20 +143,24 @@ def next_item_loss(
         items, place = torch.cat([listed, batch["items"].flatten()]).unique(return_inverse=True)
         tokens = model.items(c, items) if table is None else table[items]
         scored, batch = place[: len(listed)], batch | {"items": place[len(listed) :].view_as(batch["items"])}
-    ignore = None if groups is None else false_negatives(groups, targets, items[scored])
-    seen = None
-    if not config.seen or model.again is not None:
+    vectors, temperature = model.items.embed(tokens), model.temperature()
+    queries = model.query(tokens, batch, vectors=vectors)[wanted]
+    if groups is not None or config.seen and model.again is not None:  # these need the matrix of scores
+        ignore = None if groups is None else false_negatives(groups, targets, items[scored])
         seen = seen_items_mask(batch, len(items))[wanted][:, scored]
+        bonus = None if model.again is None else model.again * seen
         if not config.seen:
             ignore = seen if ignore is None else ignore | seen
-    vectors = model.items.embed(tokens)
-    bonus = None if model.again is None or seen is None else model.again * seen
-    queries = model.query(tokens, batch, vectors=vectors)[wanted]
-    loss = info_nce(queries, vectors[scored], row, model.temperature(), log_q, ignore, bonus)
+        return info_nce(queries, vectors[scored], row, temperature, log_q, ignore, bonus), tokens, items
+    gain, left_out = None, None
+    if not config.seen:
+        left_out, repeated = _seen_rows(batch, wanted, scored, row, len(items))
+        gain = None if model.again is None else model.again * repeated / temperature
+    loss = catalogue_cross_entropy(queries / temperature, vectors[scored], row, left_out, log_q, gain)
     return loss, tokens, items
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-011
+# %% ../../nbs/training/03_objective.ipynb #cell-012
 def pair_loss(
     model: UniRec,
     batch: dict[str, Tensor],
@@ -169,7 +190,7 @@ def pair_loss(
     )
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-012
+# %% ../../nbs/training/03_objective.ipynb #cell-013
 def step_loss(
     model: UniRec,
     batch: dict[str, Tensor],
@@ -198,7 +219,7 @@ def step_loss(
     return {"loss": loss + shared, "shared": shared, **parts}
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-018
+# %% ../../nbs/training/03_objective.ipynb #cell-019
 class MovingAverage(nn.Module):
     "Moving averages of a module's trainable weights."
 
@@ -239,7 +260,7 @@ class MovingAverage(nn.Module):
             getattr(self, n).copy_(kept)
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-021
+# %% ../../nbs/training/03_objective.ipynb #cell-022
 class Objective(nn.Module):
     "A model, its reconstruction head and its losses; called with a batch, it gives the losses."
 
@@ -294,30 +315,7 @@ class Objective(nn.Module):
                 self.average.swap(self.model)
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-024
-_WINGS = ("core", "data", "encoders", "model", "evaluation", "training")  # what a training run executes
-
-
-def _code_hash() -> str:
-    "sha256 of the wings that a training run executes."
-    folder = Path(os.path.realpath(unirec.__file__)).parent
-    files = (p for wing in _WINGS for p in sorted((folder / wing).glob("*.py")))
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
-
-
 # %% ../../nbs/training/03_objective.ipynb #cell-025
-def data_hash(data: Data) -> str:
-    "sha256 over what training reads: train and valid events, triplets and vectors."
-    digest, c = hashlib.sha256(), data.catalogue
-    for h in (data.train, data.valid):
-        for a in (h.offsets, h.items, h.times, h.ratings, h.reviews):
-            digest.update(np.ascontiguousarray(a))
-    for t in (*c.tables.values(), c.attr, c.value, c.mask, c.names, c.types, c.in_train, c.reviews):
-        digest.update(t.cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-# %% ../../nbs/training/03_objective.ipynb #cell-026
 MODES = ("decoupled", "frozen_encoder", "end_to_end")
 
 
@@ -344,7 +342,7 @@ def _objective(
     return Objective(model, loss, recon, share, groups, frozen, average)
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-027
+# %% ../../nbs/training/03_objective.ipynb #cell-026
 def train(
     data: Data,  # has no way to the test split
     encoder: EncoderConfig,
@@ -386,7 +384,7 @@ def train(
         started = str(start and hashlib.sha256(start.read_bytes()).hexdigest())
         settings = [asdict(x) if x else None for x in (encoder, fit_config, loss, llm)]
         settings += [dict(batches), rates, frozen, average, started]
-        key = hashlib.sha256(json.dumps([settings, data_hash(data), _code_hash()]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([settings, data_hash(data), code_hash()]).encode()).hexdigest()
     # short sequences: on a CPU the backward of the fused kernel is slower
     on_cpu = not torch.accelerator.is_available()
     kernels = [SDPBackend.MATH] if on_cpu else list(SDPBackend.__members__.values())
