@@ -17,7 +17,7 @@ from unirec.model.recommender import MODELS
 from unirec.pipeline.evaluate import evaluate
 from unirec.pipeline.recommend import Recommender
 from unirec.report.figures import colours
-from unirec.report.tables import comparison_table, results_frame, results_markdown
+from unirec.report.tables import results_frame, results_markdown, results_table
 
 
 def next_in_catalogue(train, reach=3):
@@ -77,7 +77,7 @@ def test_a_new_entry_is_trained_ranked_and_shown(entry, project):
     assert set(after.model) == {*before.model, "next_in_catalogue"}
     known = after[after.model != "next_in_catalogue"].reset_index(drop=True)
     pd.testing.assert_frame_equal(known, before)  # the others are as they were
-    table = comparison_table(root / "results")
+    table = results_table(root / "results")
     assert "next_in_catalogue" in results_markdown(table).replace("\\_", "_")
     notes = {cell.text: cell.small for cell in results_frame(table).iloc[:, 0]}
     assert notes["next_in_catalogue"] == "what stands next in the catalogue"

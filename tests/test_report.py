@@ -520,13 +520,13 @@ def test_broken_file_is_named(files):
 
 
 def test_tables_agree_with_the_file(files):
-    table = tables.comparison_table(files / "results", ["made_up"])
+    table = tables.results_table(files / "results", ["made_up"])
     assert list(table["model"]) == list(MODELS) and table["full mrr"].tolist() == pytest.approx(
         [level + 0.0005 for level in MODELS.values()]
     )
     text = tables.results_markdown(table)
     assert "**0.0905** ± 0.0007" in text and "<script" not in text
-    assert tables.comparison_table(files / "results")["dataset"].unique().tolist() == ["borrowed", "made_up"]
+    assert tables.results_table(files / "results")["dataset"].unique().tolist() == ["borrowed", "made_up"]
 
 
 def test_comparison_with_seeds_is_shown(visit):

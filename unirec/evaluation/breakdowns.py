@@ -10,7 +10,6 @@ __all__ = [
     "by_group",
     "by_history_length",
     "retrieval",
-    "modality_embeddings",
     "modality_retrieval",
     "best_items",
     "top_lists",

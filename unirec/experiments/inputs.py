@@ -5,18 +5,13 @@
 # %% auto #0
 __all__ = [
     "lock",
-    "made_from",
-    "has_set",
     "toy_project",
-    "hold_out",
     "Inputs",
-    "data_key",
     "load_inputs",
-    "text_encoder",
+    "name_encoder",
     "changed_items",
     "move_to",
     "rank_table",
-    "new_events",
     "rank_figures",
 ]
 
@@ -62,7 +57,7 @@ def lock(
     return FileLock(folder / f"{name}.lock")
 
 
-def made_from(
+def _made_from(
     prepared: Path,  # folder of tables
     block: Mapping,  # settings of the data set
 ) -> bool | None:  # None: the folder does not say
@@ -86,12 +81,12 @@ def has_set(root: Path, params: Mapping, dataset: str) -> bool:
 
     def is_made() -> bool:
         there = (prepared / "train.parquet").exists() and (store / "manifest.json").exists()
-        same = made_from(prepared, block)
+        same = _made_from(prepared, block)
         return there and (same is True if spec.source == "sample:" and not of_pipeline else same is not False)
 
     if is_made():
         return True
-    if of_pipeline and made_from(prepared, block) is False:
+    if of_pipeline and _made_from(prepared, block) is False:
         raise ValueError(
             f"{prepared} was made with other settings than those of sets/{dataset}.yaml: run"
             f" `dvc repro embed@{dataset}`, or put that file back"
@@ -174,7 +169,7 @@ def _events_hash(prepared: Path, parts: tuple[str, ...]) -> str:
     return hashlib.sha256(b"".join(f.to_numpy(np.int64).tobytes() for f in frames)).hexdigest()
 
 
-def data_key(
+def _data_key(
     data: Data,
     folder: Path,  # prepared tables
     store: Path,  # vectors and their manifest
@@ -228,7 +223,7 @@ def load_inputs(
             _events_hash(prepared, ("test",)),
             hashlib.sha256(candidates.read_bytes()).hexdigest() if protocol == "leave_one_out" else "",
         )
-    keys = {vectors: digest(data_key(data, prepared, store, vectors), tested) for vectors in (False, True)}
+    keys = {vectors: digest(_data_key(data, prepared, store, vectors), tested) for vectors in (False, True)}
     return Inputs(data, prepared, keys, data_hash(data)[:16])
 
 
@@ -257,7 +252,7 @@ def _text_encoder(encode: str, schema) -> Callable:  # encode: params.yaml's blo
     return towers(json.loads(encode), schema)["text"]
 
 
-def text_encoder(params: Mapping, data: Data) -> Callable:  # texts -> (n, D)
+def name_encoder(params: Mapping, data: Data) -> Callable:  # texts -> (n, D)
     "The text encoder of a data set's names and types, loaded when it is first called."
     return lambda texts: _text_encoder(json.dumps(params["encode"]), data.spec.schema)(texts)
 
@@ -297,7 +292,7 @@ def changed_items(
     data: Data,
     changes: Mapping,  # fields of `ItemChanges`
     seed: int,  # of what is missing
-    encode: Callable,  # of `text_encoder`
+    encode: Callable,  # of `name_encoder`
 ) -> Catalogue:
     "The catalogue as it looks after some changes; raises ValueError for an unknown attribute or type."
     catalogue = _renamed(data, changes.get("names") or {}, changes.get("types") or {}, encode)
@@ -343,11 +338,11 @@ def rank_table(
         table = last_ranks(trained.scorer, histories, events).rename(columns={"rank": "full"})
         for name, scorer in trained.others.items():
             table[f"full_{name}"] = last_ranks(scorer, histories, events)["rank"].to_numpy()
-    new = new_events(inputs.prepared).assign(new=True)
+    new = _new_events(inputs.prepared).assign(new=True)
     return table.merge(new, on=["user", "position"], how="left").assign(new=lambda t: t.new.eq(True))
 
 
-def new_events(prepared: Path) -> pd.DataFrame:  # user, position
+def _new_events(prepared: Path) -> pd.DataFrame:  # user, position
     "The test events whose item the user has not had before."
     parts = {
         part: pd.read_parquet(prepared / f"{part}.parquet", columns=["user", "item"])

@@ -6,19 +6,14 @@
 __all__ = [
     "LEAST_SEEDS",
     "RULE",
-    "RULES",
-    "FIGURES",
-    "pair_word",
+    "OTHER_RULES",
     "contrast_word",
-    "reciprocal_ranks",
+    "ranks_by_variant",
     "stage1_settings",
-    "stricter_test",
     "compare_pair",
     "pairs",
     "judge",
     "made_up",
-    "whole_seeds",
-    "beside_the_best",
     "comparison_table",
 ]
 
@@ -59,7 +54,7 @@ RULE = (
 
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-007
-def pair_word(
+def _pair_word(
     low: float,
     high: float,
     p: float,  # 95% interval, corrected p
@@ -72,7 +67,7 @@ def pair_word(
 
 
 def contrast_word(
-    words: list[str],  # of the pairs; "not run", "few seeds", "one model" or what `pair_word` says
+    words: list[str],  # of the pairs; "not run", "few seeds", "one model" or what `_pair_word` says
 ) -> str:
     "holds, does not hold, undecided, or not run yet."
     if all(word == "not run" for word in words):
@@ -83,7 +78,7 @@ def contrast_word(
 
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-011
-def reciprocal_ranks(
+def ranks_by_variant(
     record: Record,
     dataset: str,
     protocol: str,
@@ -117,7 +112,7 @@ def stage1_settings(study: Study, name: str) -> tuple[str, dict]:
 
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-013
-def stricter_test(
+def _stricter_test(
     ours: np.ndarray,  # (seeds, users)
     theirs: np.ndarray,  # (seeds, users)
     level: float = 0.95,
@@ -135,10 +130,10 @@ def stricter_test(
 
 
 # name of a rule -> keywords of `pairs`
-RULES = {
+OTHER_RULES = {
     "now": {},
     "first": {"every": True, "apart": True},
-    "strict": {"test": stricter_test},
+    "strict": {"test": _stricter_test},
     "differing": {"differing": True},
 }
 
@@ -203,7 +198,7 @@ def pairs(
             ]
             if not asked:
                 continue
-            ranks, rows = reciprocal_ranks(record, dataset, protocol, every), []
+            ranks, rows = ranks_by_variant(record, dataset, protocol, every), []
             for name, variant, rival in asked:
                 together = not apart and stage1_settings(study, variant) == stage1_settings(study, rival)
                 found = compare_pair(
@@ -222,11 +217,11 @@ def _word(row: Mapping, p: float) -> str:  # p: corrected
         return row["word"]
     if min(row["seeds"], row["rival_seeds"]) < LEAST_SEEDS:
         return "few seeds"
-    return pair_word(row["low"], row["high"], p, row["highest"], row["least"])
+    return _pair_word(row["low"], row["high"], p, row["highest"], row["least"])
 
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-019
-FIGURES = ("mrr", "rival_mrr", "difference", "low", "high", "highest", "holm", "detectable")
+_FIGURES = ("mrr", "rival_mrr", "difference", "low", "high", "highest", "holm", "detectable")
 _KEY = ["dataset", "protocol", "contrast"]
 
 
@@ -239,7 +234,7 @@ def judge(
         return table
     others = {
         rule: {key: contrast_word(part.word.tolist()) for key, part in pairs(record, **own).groupby(_KEY)}
-        for rule, own in RULES.items()
+        for rule, own in OTHER_RULES.items()
         if rule != "now"
     }
     done = record.rows.groupby(["dataset", "protocol"]).size()
@@ -264,7 +259,7 @@ def judge(
                 "null": study.of_set(dataset).null_world,
                 "tested_on": at_test.set if at_test and at_test.set else dataset,
                 "budget": study.budget,
-                **{k: nearest.get(k, np.nan) for k in (*FIGURES, "seeds", "rival_seeds", "same")},
+                **{k: nearest.get(k, np.nan) for k in (*_FIGURES, "seeds", "rival_seeds", "same")},
                 **{rule: words[key] for rule, words in others.items()},
                 "recorded": int(done.get((dataset, protocol), 0)),
                 "planned": int(wanted[dataset, protocol]),
@@ -321,7 +316,7 @@ def made_up(
 
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-026
-def whole_seeds(
+def _whole_seeds(
     rows: pd.DataFrame,  # of one data set and protocol: variant, seed
     drawn: Iterable[str],  # variants that have seeds
 ) -> pd.DataFrame:
@@ -334,7 +329,7 @@ def whole_seeds(
     return rows.loc[~rows.variant.isin(drawn) | (rows.variant.isin(whole) & rows.seed.isin(kept))]
 
 
-def beside_the_best(
+def _beside_the_best(
     rows: pd.DataFrame,  # of one data set and protocol; `variant` is a model's name
     ranks: pd.DataFrame,  # of their runs
 ) -> pd.DataFrame:  # as `compare_models`, for each column of ranks and each reference
@@ -362,14 +357,14 @@ def beside_the_best(
 
 
 def comparison_table(record: Record) -> pd.DataFrame:  # empty where no baseline was run
-    "`beside_the_best` for every data set and protocol of a study."
+    "`_beside_the_best` for every data set and protocol of a study."
     study, out = record.study, []
     drawn = [n for n, (model, _) in study.trained.items() if model in MODELS or BASELINES[model].drawn]
     for key, rows in record.rows.groupby(["dataset", "protocol"], sort=False):
         dataset, protocol = tuple(key)
-        rows = whole_seeds(rows, drawn)
+        rows = _whole_seeds(rows, drawn)
         if rows.variant.isin(list(BASELINES)).any():
-            table = beside_the_best(rows, record.ranks[record.ranks.run.isin(rows.run)])
+            table = _beside_the_best(rows, record.ranks[record.ranks.run.isin(rows.run)])
             table.insert(0, "dataset", dataset)
             table.insert(1, "protocol", protocol)
             out.append(table)

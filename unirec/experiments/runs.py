@@ -26,9 +26,9 @@ from unirec.experiments.inputs import (
     load_inputs,
     lock,
     move_to,
+    name_encoder,
     rank_figures,
     rank_table,
-    text_encoder,
 )
 from .judge import comparison_table, judge, pairs
 from unirec.experiments.record import (
@@ -76,7 +76,7 @@ def test_ranks(
     changes = {k: v for k, v in row.changes.items() if k != "set"}
     moved = "set" in row.changes
     seen = row.inputs.data if moved else data
-    catalogue = changed_items(seen, changes, seed, text_encoder(params, seen)) if changes else seen.catalogue
+    catalogue = changed_items(seen, changes, seed, name_encoder(params, seen)) if changes else seen.catalogue
     try:
         if moved:
             move_to(net, catalogue)

@@ -12,7 +12,6 @@ __all__ = [
     "Limit",
     "StudySet",
     "Study",
-    "error_lines",
     "item_changes",
     "read_study",
     "study_names",

@@ -4,15 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    "PICTURE",
-    "ESCAPES",
-    "shown_card",
-    "shown_place",
-    "shown_user",
     "explorer_view",
-    "paint",
-    "curves_chart",
-    "comparison_chart",
     "run_chart_rows",
     "comparison_charts",
     "curve_charts",
@@ -38,7 +30,7 @@ from .comparison import HELD_OUT, against_reference, recorded_comparison
 from .figures import OTHERS, best_validation, colours, read_curves
 
 # %% ../../nbs/report/03_explorer.ipynb #cell-006
-PICTURE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
+_PICTURE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 
 
 def shown_card(
@@ -47,7 +39,7 @@ def shown_card(
 ) -> dict:  # the same as plain text, `picture` None unless it is allowed, `refused` 1 if it was not
     "What the page shows of an item"
     value = card.get("picture") if pictures else None
-    fine = isinstance(value, str) and PICTURE.fullmatch(value) is not None
+    fine = isinstance(value, str) and _PICTURE.fullmatch(value) is not None
     words = {
         "title": str(card.get("title") or "no title"),
         "detail": str(card.get("detail") or ""),
@@ -209,7 +201,7 @@ def comparison_chart(
 
 # %% ../../nbs/report/03_explorer.ipynb #cell-019
 def run_chart_rows(
-    table: pd.DataFrame,  # rows of `comparison_table` of one data set
+    table: pd.DataFrame,  # rows of `results_table` of one data set
 ) -> pd.DataFrame:  # model, value, low, high, note
     "MRR of every model of a run, with one standard deviation over seeds"
     mean, spread = table["full mrr"], table["full mrr sd"]
@@ -220,7 +212,7 @@ def run_chart_rows(
 def comparison_charts(
     results: Path,  # results folder
     name: str,  # data set
-    table: pd.DataFrame,  # its rows of `comparison_table`
+    table: pd.DataFrame,  # its rows of `results_table`
 ) -> dict:  # title, caption, words, spec
     "The chart of the comparison"
     recorded = recorded_comparison(results)
@@ -262,12 +254,12 @@ def curve_charts(
 
 
 # %% ../../nbs/report/03_explorer.ipynb #cell-022
-ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 def script_json(value) -> str:
     "JSON that can stand in a script block; raises ValueError for NaN and infinity, which JSON does not have"
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(ESCAPES)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 
 # %% ../../nbs/report/03_explorer.ipynb #cell-024

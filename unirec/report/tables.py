@@ -9,9 +9,6 @@ __all__ = [
     "LISTS",
     "TIES",
     "RETRIEVAL",
-    "LIST_HEADS",
-    "TIE_HEADS",
-    "RETRIEVAL_HEADS",
     "Cell",
     "cell_rows",
     "head_rows",
@@ -20,15 +17,15 @@ __all__ = [
     "escape_markdown",
     "markdown_cell",
     "markdown_table",
+    "markdown_lines",
     "read_comparison",
-    "comparison_table",
+    "results_table",
     "results_frame",
     "results_markdown",
     "rank_sentence",
     "groups_frame",
     "formatted",
     "evaluation_view",
-    "groups_plot",
 ]
 
 # %% ../../nbs/report/02_tables.ipynb #cell-002
@@ -133,8 +130,17 @@ def markdown_table(
     lines = [[escape_markdown(head.removeprefix(", ")) for head in heads]]
     for first, *others in cell_rows(frame):
         lines.append([escape_markdown(first.text), *map(markdown_cell, others)])
+    return markdown_lines(lines, "---:")
+
+
+def markdown_lines(
+    lines: list[list[str]],  # cells in Markdown; the first line is the head
+    rule: str = "---",  # below the heads of all columns but the first; "---:" aligns right
+) -> str:
+    "A Markdown table of cells that are Markdown already."
     written = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([written[0], "|---|" + "---:|" * (len(heads) - 1), *written[1:]])
+    rules = "|".join(["---", *[rule] * (len(lines[0]) - 1)])
+    return "\n".join([written[0], f"|{rules}|", *written[1:]])
 
 
 # %% ../../nbs/report/02_tables.ipynb #cell-018
@@ -154,7 +160,7 @@ def read_comparison(
     return rows
 
 
-def comparison_table(
+def results_table(
     results: Path,  # results folder, one subfolder a data set
     datasets: list[str] | None = None,  # which ones and in which order; None: all, by name
 ) -> (
@@ -187,7 +193,7 @@ def comparison_table(
 
 # %% ../../nbs/report/02_tables.ipynb #cell-021
 def results_frame(
-    table: pd.DataFrame,  # rows of `comparison_table` for one data set
+    table: pd.DataFrame,  # rows of `results_table` for one data set
 ) -> pd.DataFrame:  # of cells
     "A row a model: mean and spread over seeds of every figure"
     best = {figure: format_number(table[figure].max(), "{:.4f}") for figure in FIGURES}
@@ -204,7 +210,7 @@ def results_frame(
 
 
 def results_markdown(
-    table: pd.DataFrame,  # what `comparison_table` returned, one or several data sets
+    table: pd.DataFrame,  # what `results_table` returned, one or several data sets
 ) -> str:  # one Markdown table a data set
     "The figures of a run as Markdown"
     parts = []
@@ -217,7 +223,7 @@ def results_markdown(
 
 # %% ../../nbs/report/02_tables.ipynb #cell-025
 def rank_sentence(
-    table: pd.DataFrame,  # rows of `comparison_table` for one data set
+    table: pd.DataFrame,  # rows of `results_table` for one data set
 ) -> str:  # empty if there is no UniRec or nothing to compare with
     "The place of UniRec among the models of a run"
     names, values = list(table["model"]), list(table["full mrr"])
