@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # each worker has a core of its own
 LIMIT = 3600  # seconds: far above what any notebook takes, only against hanging
 
 
@@ -114,9 +115,8 @@ def check_notebook(path: Path) -> tuple[Path, bool | None, float, str]:
     code, output = run(
         [tool("nbdev_test"), "--path", str(path), "--n_workers", "0"],
         ROOT,
-        OMP_NUM_THREADS="1",
-        MKL_NUM_THREADS="1",
         MPLBACKEND="agg",
+        **ONE_THREAD,
     )
     skipped = code == 0 and "No files were eligible" in output
     return path, None if skipped else code == 0, time.monotonic() - start, output
@@ -143,9 +143,13 @@ def check_pytest(counts: Counter) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "junit.xml"
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-v", "--durations=5", f"--junitxml={xml}"],
+            # a file's tests stay together: they share what its fixtures made
+            [
+                *(sys.executable, "-m", "pytest", "-v", "--durations=15", f"--junitxml={xml}"),
+                *("-n", str(WORKERS), "--dist", "loadfile"),
+            ],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | ONE_THREAD,
         )
         if not xml.exists():
             report(counts, False, "pytest", f"it ended with {done.returncode} and wrote no report")

@@ -85,3 +85,6 @@ fi
 export PYTHONWARNINGS="${PYTHONWARNINGS:+$PYTHONWARNINGS,}ignore:IProgress not found"
 # this tree's package, whatever else is installed
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" DVC_NO_ANALYTICS=1
+# Threads of OpenMP that wait for work sleep. By default they spin, and with one other busy process on the machine an
+# epoch then takes many times as long (results/benchmarks/training.json, neighbour).
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"

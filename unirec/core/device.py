@@ -87,7 +87,7 @@ def process_group():
 
 # %% ../../nbs/core/04_device.ipynb #cell-015
 def deterministic() -> None:
-    "Two equal runs on one machine give equal figures, whatever the number of threads."
+    "Two equal runs on one machine, with the same number of threads, give equal figures."
     torch.use_deterministic_algorithms(True, warn_only=True)
     # only hides reads of memory that was never written, and costs time
     torch.utils.deterministic.fill_uninitialized_memory = False
