@@ -38,10 +38,7 @@ PARTS = {
     "Pages and plots": ["report/*"],
     "Helpers": [
         "core/*",
-        *(
-            f"data/[0-9][0-9]_{name}"
-            for name in ("download", "sources", "jsonl", "columns", "values", "formats")
-        ),
+        *(f"data/[0-9][0-9]_{name}" for name in ("download", "sources", "jsonl", "values", "formats")),
         "pipeline/[0-9][0-9]_project",
     ],
 }

@@ -31,7 +31,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from ..baselines.registry import Trained
-from ..core.files import locate
+from ..core.files import file_sha256, locate
 from ..core.params import digest, write_params
 from ..data.histories import Histories
 from ..data.prepare import prepare
@@ -221,7 +221,7 @@ def load_inputs(
         candidates = prepared / "candidates.npy"
         tested = (
             _events_hash(prepared, ("test",)),
-            hashlib.sha256(candidates.read_bytes()).hexdigest() if protocol == "leave_one_out" else "",
+            file_sha256(candidates) if protocol == "leave_one_out" else "",
         )
     keys = {vectors: digest(_data_key(data, prepared, store, vectors), tested) for vectors in (False, True)}
     return Inputs(data, prepared, keys, data_hash(data)[:16])

@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from ..core.files import atomic_path
 from ..core.params import digest, read_yaml
 from .inputs import lock
 from .study import Study, jobs, planned, tested_with
@@ -120,16 +121,16 @@ def _replace_rows(path: Path, part: pd.DataFrame, run: str) -> None:
         old = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[""])
         others = old.loc[old.run != run]
         part = part if others.empty else pd.concat([others, part])
-    part.to_csv(path.with_suffix(".tmp"), index=False, float_format="%.6g")
-    path.with_suffix(".tmp").replace(path)
+    with atomic_path(path) as temporary:
+        part.to_csv(temporary, index=False, float_format="%.6g")
 
 
 def _replace_ranks(path: Path, ranks: pd.DataFrame) -> None:
     "Write all ranks of a study."
     kinds = {"run": "category", "user": "int32", "position": "int16", "new": bool}
     ranks = ranks.astype({name: kinds.get(name, "float32") for name in ranks})
-    ranks.to_parquet(path.with_suffix(".tmp"), index=False, compression="zstd")
-    path.with_suffix(".tmp").replace(path)
+    with atomic_path(path) as temporary:
+        ranks.to_parquet(temporary, index=False, compression="zstd")
 
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-012

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..core.files import peak_memory_mb
+from ..core.files import file_sha256, peak_memory_mb
 from ..core.params import read_params
 from ..data.schema import SetSpec
 
@@ -115,7 +115,7 @@ class Run:
         "Write `run_<stage>.json`: what ran, on what, how long, with how much memory."
         digest = hashlib.sha256()
         for path in sorted(inputs):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(bytes.fromhex(file_sha256(path)))
         record = {
             "stage": self.stage,
             "dataset": self.dataset,
