@@ -23,7 +23,6 @@ LONG_RUNS = {
     "core/device",
     "model/fusion",
     "model/llm",
-    "pipeline/commands",
     "training/loop",
     "training/objective",
 }
