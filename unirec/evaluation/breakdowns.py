@@ -58,7 +58,8 @@ def target_groups(
     users: np.ndarray | None = None,  # (U,) rows of `histories`; None: all, in order
 ) -> pd.DataFrame:  # (U, groups) of labels and booleans
     "Which groups each target and its user are in."
-    users, targets = np.arange(len(histories)) if users is None else np.asarray(users), np.asarray(targets)
+    users = np.arange(len(histories)) if users is None else np.asarray(users)
+    targets = np.asarray(targets)
     if len(users) != len(targets):
         raise ValueError(f"{len(targets)} targets for {len(users)} users: one each is expected")
     counts = np.bincount(train.items, minlength=train.n_items)
@@ -75,11 +76,9 @@ def target_groups(
         }
     )
     out.loc[counts[targets] == 0, "popularity"] = "cold"
-    return (
-        out
-        if catalogue is None
-        else pd.concat([out, lacking(catalogue).iloc[targets].reset_index(drop=True)], axis=1)
-    )
+    if catalogue is None:
+        return out
+    return pd.concat([out, lacking(catalogue).iloc[targets].reset_index(drop=True)], axis=1)
 
 
 # %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-008
@@ -114,16 +113,16 @@ def by_group(
     for name in groups:
         labels = groups[name].map({True: "yes", False: "no"}) if groups[name].dtype == bool else groups[name]
         for label, part in per_user.groupby(labels, observed=True):
-            found = bootstrap(part.to_numpy(), draws=draws, seed=seed)
+            interval = bootstrap(part.to_numpy(), draws=draws, seed=seed)
             rows.append(
                 {
                     "group": name,
                     "label": label,
                     "users": len(part),
                     "share": len(part) / len(groups),
-                    "mrr": found["mean"],
-                    "low": found["low"],
-                    "high": found["high"],
+                    "mrr": interval["mean"],
+                    "low": interval["low"],
+                    "high": interval["high"],
                 }
             )
     return pd.DataFrame(rows)
@@ -133,7 +132,7 @@ def by_group(
 def by_history_length(
     scorer: Callable,  # (histories, users) -> (B, N) scores, as `UniRec.scorer()`
     histories: Histories,  # train
-    targets: np.ndarray,  # (U,) valid items
+    targets: np.ndarray,  # (U,) validation items
     edges: Sequence[int] = (0, 5, 10, 20, 50),  # shortest history of each bucket, in events
     # the same model on the most recent events only: `UniRec.scorer(history=n)`
     recent: Callable | None = None,
@@ -145,15 +144,12 @@ def by_history_length(
         names.append(f"{low}+" if high is None else f"{low}-{high - 1}")
     at = np.searchsorted(starts, histories.lengths, side="right") - 1
     users = pd.DataFrame({"length": names, "from": starts}).iloc[at].reset_index(drop=True)
-    users["mrr"], users["chance"] = (
-        1 / full_ranks(scorer, histories, targets),
-        _chance(histories, np.asarray(targets)),
-    )
-    users["mrr_recent"] = (
-        np.nan
-        if recent is None
-        else np.where(users["from"] >= n, 1 / full_ranks(recent, histories, targets), np.nan)
-    )
+    users["mrr"] = 1 / full_ranks(scorer, histories, targets)
+    users["chance"] = _chance(histories, np.asarray(targets))
+    users["mrr_recent"] = np.nan
+    if recent is not None:
+        mrr_recent = 1 / full_ranks(recent, histories, targets)
+        users["mrr_recent"] = np.where(users["from"] >= n, mrr_recent, np.nan)
     users["difference"] = users.mrr - users.mrr_recent
     groups = users.groupby(["from", "length"])
     out = pd.DataFrame(
@@ -175,16 +171,16 @@ def _chance(h: Histories, targets: np.ndarray) -> np.ndarray:  # (U,)
     """Expected reciprocal rank of a random order, for each user: what is not in the history competes, and
     the target."""
     seen = np.unique(h.users * h.n_items + h.items)  # distinct items of each user
-    own = np.arange(len(h)) * h.n_items + targets
-    left = h.n_items - np.bincount(seen // h.n_items, minlength=len(h)) + np.isin(own, seen)
+    target_cells = np.arange(len(h)) * h.n_items + targets
+    left = h.n_items - np.bincount(seen // h.n_items, minlength=len(h)) + np.isin(target_cells, seen)
     return (np.cumsum(1 / np.arange(1, h.n_items + 1)) / np.arange(1, h.n_items + 1))[left - 1]
 
 
 # %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-025
 def retrieval(
-    a: np.ndarray | Tensor,
-    b: np.ndarray | Tensor,  # (N, D) each, a row an item
-    ks: Sequence[int] = (1, 10),
+    a: np.ndarray | Tensor,  # (N, D) a row an item
+    b: np.ndarray | Tensor,  # (N, D) the same items
+    ks: Sequence[int] = (1, 10),  # lengths of the list
     batch: int = 1024,
 ) -> dict[str, float]:  # items, r@k, random r@k
     "How often a row of `a` finds the same row of `b` among all rows of `b`, by cosine; ties by expectation."
@@ -193,7 +189,7 @@ def retrieval(
         raise ValueError(
             f"two embeddings of the same items are expected, got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    found = np.concatenate(
+    ranks = np.concatenate(
         [
             expected_ranks(a[start : start + batch] @ b.T, np.arange(start, min(start + batch, len(a))))
             for start in range(0, len(a), batch)
@@ -201,7 +197,7 @@ def retrieval(
     )
     return (
         {"items": len(a)}
-        | {f"r@{k}": float((found <= k).mean()) for k in ks}
+        | {f"r@{k}": float((ranks <= k).mean()) for k in ks}
         | {f"random r@{k}": min(1.0, k / len(a)) for k in ks}
     )
 
@@ -284,8 +280,11 @@ class RecordingScorer:
     come from one pass."""
 
     def __init__(
-        self, scorer: Callable, h: Histories, k: int = 10
-    ):  # length of the lists; shorter where some user has had nearly all items
+        self,
+        scorer: Callable,  # scorer(histories, users) -> (B, N) scores
+        h: Histories,
+        k: int = 10,  # length of the lists; shorter where some user has nearly all items in the history
+    ):
         left = h.n_items - np.bincount(seen_items(h, np.arange(len(h)))[0], minlength=len(h)).max(initial=0)
         self.scorer, self.lists = scorer, np.zeros((len(h), min(k, int(left))), dtype=np.int64)
 
@@ -326,7 +325,7 @@ def list_figures(
     lists: np.ndarray,  # (U, k) items
     train: Histories,  # whose counts say what is popular
     taken: np.ndarray,  # what users take, any number of items
-    # (N, D) frozen vectors, as `unirec.training.objective.item_vectors` makes them
+    # (N, D) frozen vectors, as `unirec.encoders.catalogue.item_vectors` makes them
     vectors: np.ndarray | None = None,
 ) -> dict[str, float]:
     "Coverage, popularity and diversity of lists, each beside its yardstick."

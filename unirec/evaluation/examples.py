@@ -146,6 +146,22 @@ def top_ten(
 
 
 # %% ../../nbs/evaluation/04_examples.ipynb #cell-026
+def _list_entry(ids: list[str], item: int, score: float, near: list[tuple[int, float]]) -> dict:
+    "An item of a top ten with its score and its nearest events."
+    nearest = [[ids[event], round(cosine, 3)] for event, cosine in near]
+    return {"item": ids[item], "score": round(score, 4), "nearest": nearest}
+
+
+def _rounded_shares(model: UniRec, items: np.ndarray, ids: list[str]) -> dict[str, dict[str, float]]:
+    "The attention over attributes of each item."
+    rows = items.tolist()
+    return {
+        ids[i]: {name: round(share, 3) for name, share in shares.items()}
+        for i, shares in zip(rows, attention_shares(model, rows))
+    }
+
+
+# %% ../../nbs/evaluation/04_examples.ipynb #cell-027
 def examples(
     data: Data,
     raw: Path,  # raw folder, where pictures are
@@ -193,18 +209,3 @@ def examples(
         "redistributable": data.spec.redistributable,
     }
     return about | {"items": item_cards(data, raw, shown), "models": models, "users": list(rows.values())}
-
-
-def _list_entry(ids: list[str], item: int, score: float, near: list[tuple[int, float]]) -> dict:
-    "An item of a top ten with its score and its nearest events."
-    nearest = [[ids[event], round(cosine, 3)] for event, cosine in near]
-    return {"item": ids[item], "score": round(score, 4), "nearest": nearest}
-
-
-def _rounded_shares(model: UniRec, items: np.ndarray, ids: list[str]) -> dict[str, dict[str, float]]:
-    "The attention over attributes of each item."
-    rows = items.tolist()
-    return {
-        ids[i]: {name: round(share, 3) for name, share in shares.items()}
-        for i, shares in zip(rows, attention_shares(model, rows))
-    }

@@ -39,10 +39,11 @@ def _array(values) -> np.ndarray:
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #cell-008
 def _count(
-    scores: np.ndarray, own: np.ndarray, exclude: np.ndarray | None = None, cells: int = 1 << 18
+    scores: np.ndarray, bounds: np.ndarray, exclude: np.ndarray | None = None, cells: int = 1 << 18
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(B,) how many items of each row score more than `own` (B, 1), and how many at least as much; excluded
-    ones are left out."""
+    """(B,) how many items of each row score more than `bounds` (B, 1), and how many at least as much.
+
+    Excluded items do not count."""
     higher, least = np.zeros(len(scores), np.int64), np.zeros(len(scores), np.int64)
     rows = max(1, cells // max(1, scores.shape[1]))
     buffer = np.empty((min(rows, len(scores)), scores.shape[1]), dtype=bool)
@@ -50,7 +51,7 @@ def _count(
         part = slice(start, start + rows)
         is_above = buffer[: len(scores[part])]
         for compare, count in ((np.greater, higher), (np.greater_equal, least)):
-            compare(scores[part], own[part], out=is_above)
+            compare(scores[part], bounds[part], out=is_above)
             if exclude is not None:
                 is_above &= ~exclude[part]
             count[part] = np.bitwise_count(np.packbits(is_above, axis=1)).sum(1, dtype=np.int64)
@@ -165,12 +166,12 @@ def _without_history(
 ) -> tuple[np.ndarray, np.ndarray]:  # (B,) int64 each
     """Items that score higher than the target, and others that score the same; the history does not compete,
     the target always does."""
-    own = scores[np.arange(len(scores)), target]
-    higher, least = _count(scores, own[:, None])
+    of_target = scores[np.arange(len(scores)), target]
+    higher, least = _count(scores, of_target[:, None])
     rival = items != target[rows]
     rows, theirs = rows[rival], scores[rows[rival], items[rival]]
-    higher -= np.bincount(rows[theirs > own[rows]], minlength=len(scores))
-    least -= np.bincount(rows[theirs >= own[rows]], minlength=len(scores))
+    higher -= np.bincount(rows[theirs > of_target[rows]], minlength=len(scores))
+    least -= np.bincount(rows[theirs >= of_target[rows]], minlength=len(scores))
     return higher, least - higher - 1
 
 

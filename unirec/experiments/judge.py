@@ -89,15 +89,16 @@ def ranks_by_variant(
     rows = rows[(rows.dataset == dataset) & (rows.protocol == protocol)].sort_values("seed")
     ranks = record.ranks if every else record.ranks[record.ranks.new.astype(bool)]
     means = (1 / ranks.full).groupby([ranks.run, ranks.user]).mean()
-    again = f"run `unirec run {study.name}`"
+    advice = f"run `unirec run {study.name}`"
     if lacking := sorted(set(rows.run) - set(record.ranks.run)):
-        raise ValueError(f"{study.name}: no ranks of run {lacking[0]}; {again}")
+        raise ValueError(f"{study.name}: no ranks of run {lacking[0]}; {advice}")
     out = {}
-    for variant, own in rows.groupby("variant", sort=False):
-        out[variant] = pd.DataFrame({seed: means[run] for seed, run in zip(own.seed, own.run)}).T
+    for variant, runs in rows.groupby("variant", sort=False):
+        out[variant] = pd.DataFrame({seed: means[run] for seed, run in zip(runs.seed, runs.run)}).T
         if out[variant].isna().any(axis=None):
             raise ValueError(
-                f"{study.name}: the seeds of {variant!r} on {dataset} do not rank for the same users; {again}"
+                f"{study.name}: the seeds of {variant!r} on {dataset} do not rank for the same users;"
+                f" {advice}"
             )
     return out
 
@@ -129,9 +130,8 @@ def _stricter_test(
     return both | {"p": max(both["p"], float(welch.pvalue))}
 
 
-# name of a rule -> keywords of `pairs`
+# further rules that each contrast is judged by -> keywords of `pairs`
 OTHER_RULES = {
-    "now": {},
     "first": {"every": True, "apart": True},
     "strict": {"test": _stricter_test},
     "differing": {"differing": True},
@@ -160,7 +160,7 @@ def compare_pair(
     if differing and together and not alike.all():
         a, b = a[~alike], b[~alike]
     test, same = one_start if together else test, int(alike.sum())
-    found, wide = test(a, b), test(a, b, level=1 - 0.05 / tests)
+    narrow, wide = test(a, b), test(a, b, level=1 - 0.05 / tests)
     word = "one model" if counts["seeds"] >= LEAST_SEEDS > counts["seeds"] - same else ""
     return {
         **counts,
@@ -168,8 +168,8 @@ def compare_pair(
         "users": a.shape[1],
         "mrr": a.mean(),
         "rival_mrr": b.mean(),
-        **{k: found[k] for k in ("difference", "low", "high", "p")},
-        "detectable": np.nan if word else detectable(found["se"], found["df"]),
+        **{k: narrow[k] for k in ("difference", "low", "high", "p")},
+        "detectable": np.nan if word else detectable(narrow["se"], narrow["df"]),
         "highest": wide["high"],
         "least": margin * b.mean(),
         "word": word,
@@ -201,11 +201,11 @@ def pairs(
             ranks, rows = ranks_by_variant(record, dataset, protocol, every), []
             for name, variant, rival in asked:
                 together = not apart and stage1_settings(study, variant) == stage1_settings(study, rival)
-                found = compare_pair(
+                compared = compare_pair(
                     ranks.get(variant), ranks.get(rival), study.margin, len(asked), together, test, differing
                 )
                 place = {"dataset": dataset, "protocol": protocol, "contrast": name}
-                rows.append(place | {"variant": variant, "rival": rival} | found)
+                rows.append(place | {"variant": variant, "rival": rival} | compared)
             corrected = holm(pd.Series([row["p"] for row in rows], dtype=float))
             out += [row | {"holm": p, "word": _word(row, p)} for row, p in zip(rows, corrected)]
     return pd.DataFrame(out)
@@ -233,9 +233,8 @@ def judge(
     if table.empty:
         return table
     others = {
-        rule: {key: contrast_word(part.word.tolist()) for key, part in pairs(record, **own).groupby(_KEY)}
-        for rule, own in OTHER_RULES.items()
-        if rule != "now"
+        rule: {key: contrast_word(part.word.tolist()) for key, part in pairs(record, **how).groupby(_KEY)}
+        for rule, how in OTHER_RULES.items()
     }
     done = record.rows.groupby(["dataset", "protocol"]).size()
     wanted = pd.DataFrame(planned(study), columns=["protocol", "seed", "dataset", "name"])
@@ -310,8 +309,8 @@ def made_up(
                 "stale": False,
             }
         )
-        own = {"run": rows[-1]["run"], "user": np.arange(users), "position": 1, "full": rank, "new": new}
-        ranks.append(pd.DataFrame(own))
+        of_run = {"run": rows[-1]["run"], "user": np.arange(users), "position": 1, "full": rank, "new": new}
+        ranks.append(pd.DataFrame(of_run))
     return Record(study, pd.DataFrame(rows), pd.concat(ranks), len(planned(study)))
 
 
@@ -324,8 +323,8 @@ def _whole_seeds(
     drawn = set(drawn)
     seeds = {name: set(part.seed) for name, part in rows.groupby("variant") if name in drawn}
     every = set().union(*seeds.values())
-    kept = {seed for seed in every if 2 * sum(seed in own for own in seeds.values()) > len(seeds)}
-    whole = {name for name, own in seeds.items() if kept <= own}
+    kept = {seed for seed in every if 2 * sum(seed in some for some in seeds.values()) > len(seeds)}
+    whole = {name for name, of_variant in seeds.items() if kept <= of_variant}
     return rows.loc[~rows.variant.isin(drawn) | (rows.variant.isin(whole) & rows.seed.isin(kept))]
 
 

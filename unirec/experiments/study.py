@@ -208,8 +208,8 @@ def _wrong_changes(study: Study) -> Iterator[str]:
     places = [("base", study.base)]
     places += [(f"per_set.{name}", changes) for name, changes in study.per_set.items()]
     places += [(f"variants.{name}", changes) for name, changes in study.variants.items()]
-    for name, own in study.sets.items():
-        places += [(f"sets.{name}.changes.{variant}", changes) for variant, changes in own.changes.items()]
+    for name, part in study.sets.items():
+        places += [(f"sets.{name}.changes.{variant}", changes) for variant, changes in part.changes.items()]
     for where, changes in places:
         for name in changes:
             block, _, rest = name.partition(".")
@@ -232,13 +232,13 @@ def _unknown_names(study: Study) -> Iterator[str]:
     used += [("reference", study.reference, variants)] if study.reference else []
     used += [("more_seeds", name, variants) for name in study.more_seeds]
     used += [("only_on", name, [*variants, *study.grids]) for name in study.only_on]
-    for name, own in study.only_on.items():
-        used += [(f"only_on.{name}", dataset, study.datasets) for dataset in own]
+    for name, part in study.only_on.items():
+        used += [(f"only_on.{name}", dataset, study.datasets) for dataset in part]
     used += [("per_set", name, study.datasets) for name in study.per_set]
-    for name, own in study.sets.items():
+    for name, part in study.sets.items():
         used.append(("sets", name, study.datasets))
-        used += [(f"sets.{name}.variants", variant, variants) for variant in own.variants or ()]
-        used += [(f"sets.{name}.changes", variant, variants) for variant in own.changes]
+        used += [(f"sets.{name}.variants", variant, variants) for variant in part.variants or ()]
+        used += [(f"sets.{name}.changes", variant, variants) for variant in part.changes]
     for name, limit in study.limits.items():
         used.append(("limits", name, study.protocols))
         for field, known in (
@@ -247,12 +247,12 @@ def _unknown_names(study: Study) -> Iterator[str]:
             ("datasets", study.datasets),
         ):
             used += [(f"limits.{name}.{field}", value, known) for value in getattr(limit, field) or ()]
-    used += [(f"test_time.{name}.variant", own.variant, variants) for name, own in study.test_time.items()]
-    for name, own in study.contrasts.items():
-        used += [(f"contrasts.{name}", variant, tested) for variant in (own.variant, *own.rivals)]
-        used += [(f"contrasts.{name}.where", dataset, study.datasets) for dataset in own.where or ()]
-        if own.variant in own.rivals:
-            yield f"contrasts.{name}: {own.variant!r} is its own rival"
+    used += [(f"test_time.{name}.variant", part.variant, variants) for name, part in study.test_time.items()]
+    for name, part in study.contrasts.items():
+        used += [(f"contrasts.{name}", variant, tested) for variant in (part.variant, *part.rivals)]
+        used += [(f"contrasts.{name}.where", dataset, study.datasets) for dataset in part.where or ()]
+        if part.variant in part.rivals:
+            yield f"contrasts.{name}: {part.variant!r} is its own rival"
     yield from (
         f"{where}: {name!r} is none of {', '.join(map(str, known))}"
         for where, name, known in used
@@ -268,11 +268,11 @@ def _unknown_names(study: Study) -> Iterator[str]:
 def read_study(path: Path) -> Study:
     "A study from its file; raises ValueError with one line a problem that names the file and the field."
     path = Path(path)
-    told = read_yaml(path)
-    if "name" in told:
+    content = read_yaml(path)
+    if "name" in content:
         raise ValueError(f"{path}: name: unknown field; a study has the name of its file")
     try:
-        study = Study(name=path.stem, **told)
+        study = Study(name=path.stem, **content)
     except ValidationError as error:
         raise ValueError("\n".join(error_lines(error, path))) from None
     problems = [*_unknown_names(study), *_wrong_changes(study)]
@@ -344,9 +344,9 @@ def tested_with(
     out = {variant: {}}
     if study.of_set(dataset).null_world:
         return out
-    for name, own in study.test_time.items():
-        if own.variant == variant and own.set != dataset:  # a set is no other set to itself
-            out[name] = own.model_dump(exclude={"variant"}, exclude_unset=True)
+    for name, changed in study.test_time.items():
+        if changed.variant == variant and changed.set != dataset:  # a set is no other set to itself
+            out[name] = changed.model_dump(exclude={"variant"}, exclude_unset=True)
     return out
 
 

@@ -284,8 +284,8 @@ def reads_vectors(model: str) -> bool:
 
 def _changes_items(study: Study, name: str) -> bool:
     "Are items changed for this row?"
-    own = study.trained[name][1] if name in study.trained else {"data.": name}
-    return any(key.startswith("data.") for key in own)
+    changes = study.trained[name][1] if name in study.trained else {"data.": name}
+    return any(key.startswith("data.") for key in changes)
 
 
 # %% ../../nbs/experiments/03_variants.ipynb #cell-034
@@ -356,11 +356,11 @@ def train_variant(
     "Train a variant with early stop on validation."
     _, seed, dataset, variant = place
     model = study.trained[variant][0]
-    own, changes = settings(study, params, dataset, variant, seed)
+    whole, changes = settings(study, params, dataset, variant, seed)
     if model in BASELINES:
-        trained = train_baseline(model, inputs.data, own, seed, budget)
+        trained = train_baseline(model, inputs.data, whole, seed, budget)
         return trained, inputs.data, getattr(trained.scorer, "log", [])
-    params, data = {**params, **own}, inputs.data
+    params, data = {**params, **whole}, inputs.data
     if changes:
         catalogue = changed_items(data, changes, seed, name_encoder(params, data))
         data = replace(data, catalogue=catalogue)
