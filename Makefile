@@ -53,7 +53,7 @@ run:  ## do the runs of a study that are not recorded yet, and judge it (resumes
 	@$(SETUP); $(VECTORS); python -m unirec.cli run $(STUDY) $(ARGS)
 
 benchmarks:  ## measure speed side by side (half an hour, on a quiet machine)
-	@$(SETUP); $(DVC); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation; do python benchmarks/$$name.py; done
+	@$(SETUP); $(DVC); dvc repro embed@movielens; for name in prepare encode qformer finetune growth evaluation training; do python benchmarks/$$name.py; done
 
 lab:  ## open JupyterLab on the index of the notebooks
 	@$(SETUP); if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; exec jupyter lab nbs/index.ipynb $$root $(ARGS)
