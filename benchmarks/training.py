@@ -1,4 +1,4 @@
-"""A training epoch and an evaluation of SASRec against version 0.1's way, and against the floor: same weights,
+"""A training epoch and an evaluation of SASRec against version 0.1, and against the floor: same weights,
 same windows, one thread, in turn. And a training step beside a busy neighbour.
 
 Without `--prepared FOLDER` (a folder of the prepare stage) the histories are made up, in the shape of Amazon
