@@ -83,7 +83,7 @@ def target_groups(
 
 # %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-008
 def lacking(
-    c: Catalogue,
+    c: Catalogue,  # a catalogue of N items
 ) -> pd.DataFrame:  # (N, attributes and modalities that some items lack and some have) bool
     "Which attributes and which modalities each item lacks; columns `no <attribute>` and `no <modality>`."
     kind, missing = c.encoder[c.attr], {}
@@ -100,8 +100,8 @@ def lacking(
 def by_group(
     ranks: np.ndarray,  # (U,) or (seeds, U) ranks from 1
     groups: pd.DataFrame,  # (U, groups): every column is one way to part the users
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = 2000,  # of the bootstrap
+    seed: int = 0,  # of the bootstrap
 ) -> pd.DataFrame:  # group, label, users, share, mrr, low, high
     "MRR of every label of every group, with a bootstrap interval over its users."
     reciprocal = 1 / np.atleast_2d(np.asarray(ranks, float)).T  # (U, seeds)
@@ -181,7 +181,7 @@ def retrieval(
     a: np.ndarray | Tensor,  # (N, D) a row an item
     b: np.ndarray | Tensor,  # (N, D) the same items
     ks: Sequence[int] = (1, 10),  # lengths of the list
-    batch: int = 1024,
+    batch: int = 1024,  # rows of `a` at a time; changes nothing
 ) -> dict[str, float]:  # items, r@k, random r@k
     "How often a row of `a` finds the same row of `b` among all rows of `b`, by cosine; ties by expectation."
     a, b = (torch.nn.functional.normalize(torch.as_tensor(x).float().cpu(), dim=-1) for x in (a, b))
@@ -226,7 +226,8 @@ def modality_embeddings(
 
 # %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-029
 def modality_retrieval(
-    model: UniRec, ks: Sequence[int] = (1, 10)
+    model: UniRec,  # a trained model
+    ks: Sequence[int] = (1, 10),  # lengths of the list
 ) -> pd.DataFrame:  # query, found, items, r@k, random r@k
     """Does an item's one modality find its other one? A row for each ordered pair that at least two items
     have."""
@@ -246,7 +247,7 @@ def best_items(
     scores: Tensor | np.ndarray,  # (B, N) of a batch of users
     histories: Histories,  # what is known; what a user has had is not recommended
     users: np.ndarray,  # (B,) rows of `histories`
-    k: int = 10,
+    k: int = 10,  # length of the list
 ) -> np.ndarray:  # (B, k) int64 items, the best first
     "The k best items of each row, without the user's history."
     short = (
@@ -266,8 +267,8 @@ def best_items(
 def top_lists(
     scorer: Callable,  # scorer(histories, users) -> (B, N) scores
     histories: Histories,  # what is known; what a user has had is not recommended
-    k: int = 10,
-    batch: int = 256,
+    k: int = 10,  # length of the list
+    batch: int = 256,  # users at a time; changes nothing
 ) -> np.ndarray:  # (U, k) int64 items, the best first
     "The k items that each user would be shown."
     parts = np.split(np.arange(len(histories)), range(batch, len(histories), batch))
@@ -307,7 +308,7 @@ def gini(x: np.ndarray) -> float:  # (n,) counts, at least one above 0
 def diversity(
     lists: np.ndarray,  # (U, k) items
     vectors: np.ndarray,  # (N, D) frozen vectors of the items
-    batch: int = 1024,
+    batch: int = 1024,  # lists at a time; changes nothing
 ) -> np.ndarray:  # (U,)
     "Mean cosine distance of two different items of each list."
     v = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -47,7 +47,10 @@ def evaluating(
 
 
 # %% ../../nbs/evaluation/05_diagnostics.ipynb #cell-011
-def moved(a: Tensor, b: Tensor) -> Tensor:  # (n, D) of length 1 each -> (n,)
+def moved(
+    a: Tensor,  # (n, D) of length 1 each
+    b: Tensor,  # (n, D) of length 1 each
+) -> Tensor:  # (n,)
     "1 - cosine; exactly 0 where nothing changed."
     return (a - b).square().sum(-1) / 2
 
@@ -129,11 +132,11 @@ def _pair(model: UniRec, j: int, k: int, most: int, g: torch.Generator) -> dict:
 
 # %% ../../nbs/evaluation/05_diagnostics.ipynb #cell-018
 def schema_confusion(
-    model: UniRec,
+    model: UniRec,  # a trained model
     most: int = 2000,  # at most so many items a pair, drawn at random
     confused: float = 0.1,  # a ratio below it: the name does not matter
     separable: float = 0.9,  # value_accuracy from which on no name is needed
-    seed: int = 0,
+    seed: int = 0,  # of the items and of the exchanged values
 ) -> pd.DataFrame:  # a row per pair: a, b, items, by_name, by_value, ratio, value_accuracy, reading
     "Does the item encoder tell apart two attributes of one type? The id is left out."
     c, g = model.catalogue, torch.Generator().manual_seed(seed)
@@ -156,7 +159,7 @@ def schema_confusion(
 
 # %% ../../nbs/evaluation/05_diagnostics.ipynb #cell-036
 def modality_shares(
-    model: UniRec,
+    model: UniRec,  # a trained model
     # train; with the targets: also the MRR without each modality
     histories: Histories | None = None,
     targets: np.ndarray | None = None,  # (U,) validation items
@@ -336,11 +339,11 @@ def findings(
 
 # %% ../../nbs/evaluation/05_diagnostics.ipynb #cell-054
 def diagnose(
-    model: UniRec,
-    train: Histories,
+    model: UniRec,  # a trained model
+    train: Histories,  # histories of train
     valid_targets: np.ndarray,  # (U,)
     log: list[dict],  # of the training run
-    edges: Sequence[int] = (0, 5, 10, 20, 50),
+    edges: Sequence[int] = (0, 5, 10, 20, 50),  # shortest history of each bucket, in events
     recent: int = 10,  # the comparison for long histories reads so many events
     limit: float = 0.8,  # share above which a modality dominates
     confused: float = 0.1,  # ratio below which names do not matter

@@ -61,7 +61,7 @@ def nearest_events(
 # %% ../../nbs/evaluation/04_examples.ipynb #cell-012
 @torch.no_grad()
 def attention_shares(
-    net: UniRec,
+    net: UniRec,  # a trained model
     items: Sequence[int],  # (n,) rows of the catalogue
     # another one, of the same attributes; None: the model's own
     catalogue: Catalogue | None = None,
@@ -163,7 +163,7 @@ def _rounded_shares(model: UniRec, items: np.ndarray, ids: list[str]) -> dict[st
 
 # %% ../../nbs/evaluation/04_examples.ipynb #cell-027
 def examples(
-    data: Data,
+    data: Data,  # a data set with its catalogue
     raw: Path,  # raw folder, where pictures are
     h: Histories,  # what is known when the target is to be found
     targets: np.ndarray,  # (U,) the item to be found, one a user
@@ -171,7 +171,7 @@ def examples(
     scorers: Mapping[str, Callable],  # model -> (histories, users) -> scores
     per_user: Mapping[str, Mapping[str, np.ndarray]],  # model -> "full" -> (U,) ranks
     count: int,  # of users
-    seed: int,
+    seed: int,  # of the draw of users
     events: int = 20,  # of a history, the most recent ones
 ) -> dict:  # see the table above
     "Histories, top tens and reasons of some users, by every model."

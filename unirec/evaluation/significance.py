@@ -45,9 +45,9 @@ def bootstrap(
     values: np.ndarray,  # (users,) or (seeds, users) reciprocal ranks; with clusters (events,)
     # (events,) the user of each value, where a user has several
     clusters: np.ndarray | None = None,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    draws: int = 2000,  # of the bootstrap
+    level: float = 0.95,  # of the interval
+    seed: int = 0,  # of the draws
 ) -> dict[str, float]:  # mean, low, high
     "Mean with a percentile bootstrap interval over users; seeds are averaged first."
     values = np.asarray(values, float)
@@ -73,8 +73,8 @@ def bootstrap(
 def paired(
     ours: np.ndarray,  # (seeds, users) reciprocal ranks
     theirs: np.ndarray,  # (seeds, users) of the reference
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = 2000,  # of the bootstrap
+    seed: int = 0,  # of the draws
 ) -> dict:  # difference, low and high (95%), p (Wilcoxon, two-sided), detectable
     """Difference of two models' MRR over the same users: bootstrap interval, signed-rank test, and the
     difference that a test of this power finds four times in five."""
@@ -95,14 +95,17 @@ def detectable(
     se: float,  # standard error of the difference
     df: float = np.inf,  # its degrees of freedom; infinite: known
     power: float = 0.8,  # how often it shall be found
-    alpha: float = 0.05,
+    alpha: float = 0.05,  # level of the test
 ) -> float:
     "The smallest true difference that a two-sided test finds so often."
     return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * se)
 
 
 # %% ../../nbs/evaluation/02_significance.ipynb #cell-018
-def paired_error(whole: np.ndarray, without: np.ndarray) -> dict[str, float]:  # (U,) reciprocal ranks each
+def paired_error(
+    whole: np.ndarray,  # (U,) reciprocal ranks of the whole model
+    without: np.ndarray,  # (U,) reciprocal ranks without a part
+) -> dict[str, float]:  # mrr, mrr_without, difference, difference_se
     "MRR of both, their difference, and its standard error over users."
     d = whole - without
     return {
@@ -128,7 +131,7 @@ def _seed_part(x: np.ndarray) -> float:  # x: (S, U)
 def seeds_and_users(
     ours: np.ndarray,  # (S, U) reciprocal ranks
     theirs: np.ndarray,  # (S', U) of the reference, the same users
-    level: float = 0.95,
+    level: float = 0.95,  # of the interval
 ) -> dict[str, float]:  # difference, se, df, low, high, p, seed_share
     """Difference of two models' MRR as a statement about other users *and* other seeds: random-effects
     t-test with Satterthwaite's degrees of freedom."""
@@ -157,7 +160,7 @@ def seeds_and_users(
 def one_start(
     ours: np.ndarray,  # (S, U) reciprocal ranks
     theirs: np.ndarray,  # (S, U), seed by seed from the same start, and the same users
-    level: float = 0.95,
+    level: float = 0.95,  # of the interval
 ) -> dict[str, float]:  # difference, se, df, low, high, p
     """Difference of two models' MRR that go on from one start for each seed: the larger p and the wider
     interval of the t-test over seeds and of min F' over seeds and users."""
@@ -207,8 +210,8 @@ def holm(
 def power(
     effect: float,  # true difference of MRR
     se: float,  # standard error of the estimated difference
-    df: float = np.inf,
-    alpha: float = 0.05,
+    df: float = np.inf,  # degrees of freedom
+    alpha: float = 0.05,  # level of the test
 ) -> float:
     "Chance that a two-sided test finds a true difference of this size."
     critical = stats.t.ppf(1 - alpha / 2, df)
@@ -217,10 +220,10 @@ def power(
 
 # %% ../../nbs/evaluation/02_significance.ipynb #cell-048
 def verdict(
-    low: float,
-    high: float,
+    low: float,  # lower end of the difference's interval
+    high: float,  # upper end of it
     p: float,  # interval of the difference, p-value (corrected where there are several)
-    alpha: float = 0.05,
+    alpha: float = 0.05,  # level of the test
 ) -> str:  # better, worse or undecided
     "What may be said of a difference: the interval and the test have to agree."
     if not (p < alpha and (low > 0 or high < 0)):
@@ -319,9 +322,9 @@ def compare_models(
     ranks: pd.DataFrame,  # columns model, seed, user and `column`, ranks from 1
     reference: str,  # the model that the others are compared with
     column: str = "full",  # which ranks
-    alpha: float = 0.05,
-    draws: int = 2000,
-    seed: int = 0,
+    alpha: float = 0.05,  # level of the test
+    draws: int = 2000,  # of the bootstrap
+    seed: int = 0,  # of the bootstrap
 ) -> pd.DataFrame:
     """One row a model: MRR, its spread over seeds and interval over users, and its difference to the
     reference with tests over users and over seeds and users."""

@@ -49,7 +49,7 @@ from ..training.resume import data_hash
 # %% ../../nbs/experiments/02_inputs.ipynb #cell-006
 def lock(
     root: Path,  # of the project
-    name: str,
+    name: str,  # what is locked
 ) -> FileLock:
     "A lock that several processes share."
     folder = root / "experiments" / "cache" / "locks"
@@ -159,8 +159,8 @@ def hold_out(
 class Inputs:
     "A data set under one protocol: what training sees, and where the test events are."
 
-    data: Data
-    prepared: Path
+    data: Data  # train and validation with the catalogue
+    prepared: Path  # folder of the tables
     keys: dict[bool, str]  # does the model read vectors? -> hash of all that it sees and is tested on
     vectors: str  # hash of the vectors bit by bit, which two processors round differently
 
@@ -201,10 +201,10 @@ def _data_key(
 
 # %% ../../nbs/experiments/02_inputs.ipynb #cell-015
 def load_inputs(
-    root: Path,
-    params: Mapping,
-    dataset: str,
-    protocol: str = "leave_one_out",
+    root: Path,  # of the project
+    params: Mapping,  # params.yaml
+    dataset: str,  # a name under `sets`
+    protocol: str = "leave_one_out",  # leave_one_out, last5
     test: bool = True,  # False: the test split is not read
 ) -> Inputs | None:
     """Tables and vectors under a protocol, made where they are missing; None where a data set is not there.
@@ -255,7 +255,10 @@ def _text_encoder(encode: str, schema) -> Callable:  # encode: params.yaml's blo
     return towers(json.loads(encode), schema)["text"]
 
 
-def name_encoder(params: Mapping, data: Data) -> Callable:  # texts -> (n, D)
+def name_encoder(
+    params: Mapping,  # params.yaml
+    data: Data,  # a data set
+) -> Callable:  # texts -> (n, D)
     "The text encoder of a data set's names and types, loaded when it is first called."
     return lambda texts: _text_encoder(json.dumps(params["encode"]), data.spec.schema)(texts)
 
@@ -292,7 +295,7 @@ def _renamed(
 
 
 def changed_items(
-    data: Data,
+    data: Data,  # a data set with its catalogue
     changes: Mapping,  # fields of `ItemChanges`
     seed: int,  # of what is missing
     encode: Callable,  # of `name_encoder`
@@ -311,7 +314,10 @@ def changed_items(
 
 
 # %% ../../nbs/experiments/02_inputs.ipynb #cell-021
-def move_to(net: UniRec, catalogue: Catalogue) -> None:
+def move_to(
+    net: UniRec,  # a trained model; it is changed
+    catalogue: Catalogue,  # of another data set
+) -> None:
     "Let a model read another catalogue; changes it."
     known = [TABLES.index(name) for name in net.items.triplets.tables] + [len(TABLES)]
     if not len(catalogue.reviews) and net.users.events.review is not None:
@@ -323,9 +329,9 @@ def move_to(net: UniRec, catalogue: Catalogue) -> None:
 
 # %% ../../nbs/experiments/02_inputs.ipynb #cell-023
 def rank_table(
-    trained: Trained,
+    trained: Trained,  # of `train_baseline` or `train_variant`
     inputs: Inputs,  # that it is tested on
-    protocol: str,
+    protocol: str,  # leave_one_out, last5
     seed: int,  # of the order of ties
 ) -> pd.DataFrame:  # user, position, full, ..., new
     "Ranks of all test events by a trained model."

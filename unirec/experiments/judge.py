@@ -79,9 +79,9 @@ def contrast_word(
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-011
 def ranks_by_variant(
-    record: Record,
-    dataset: str,
-    protocol: str,
+    record: Record,  # of `load_record`
+    dataset: str,  # a name under `sets`
+    protocol: str,  # leave_one_out, last5
     every: bool = False,  # over every test event; False: those that are new to the user
 ) -> dict[str, pd.DataFrame]:  # variant -> (seeds, users)
     "Reciprocal ranks, mean over a user's test events; raises ValueError where a run has no ranks."
@@ -103,7 +103,10 @@ def ranks_by_variant(
     return out
 
 
-def stage1_settings(study: Study, name: str) -> tuple[str, dict]:
+def stage1_settings(
+    study: Study,  # that has the variant
+    name: str,  # of a variant, trained or at test time
+) -> tuple[str, dict]:
     "What a variant's stage 1 is made with; variants of which it is the same go on from one."
     at_test = study.test_time.get(name)
     model, changes = study.trained[at_test.variant if at_test else name]
@@ -140,7 +143,7 @@ OTHER_RULES = {
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-014
 def compare_pair(
-    ours: pd.DataFrame | None,
+    ours: pd.DataFrame | None,  # (seeds, users) reciprocal ranks; None: not run
     rival: pd.DataFrame | None,  # (seeds, users) reciprocal ranks; None: not run
     margin: float,  # share of the rival's MRR below which a gain does not count
     tests: int,  # how many pairs the interval is corrected for
@@ -178,10 +181,10 @@ def compare_pair(
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-018
 def pairs(
-    record: Record,
+    record: Record,  # of `load_record`
     every: bool = False,  # over every test event, not the new ones alone
     apart: bool = False,  # seeds of all variants are drawn apart
-    test: Callable = seeds_and_users,
+    test: Callable = seeds_and_users,  # of two arrays (seeds, users), where stage 1 differs
     differing: bool = False,  # without the seeds in which both are one model
 ) -> pd.DataFrame:  # a row per data set, protocol, contrast and rival
     "Every variant of a contrast beside each of its rivals."
@@ -226,7 +229,7 @@ _KEY = ["dataset", "protocol", "contrast"]
 
 
 def judge(
-    record: Record,
+    record: Record,  # of `load_record`
 ) -> pd.DataFrame:  # a row per data set, protocol and contrast
     "The verdicts, the rival that each rests on, and the verdicts by other rules."
     study, table = record.study, pairs(record)
@@ -277,11 +280,11 @@ def _nearest(pairs: pd.DataFrame) -> pd.Series:  # of one contrast
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-021
 def made_up(
-    study: Study,
+    study: Study,  # of `read_study`
     strength: Mapping[str, float],  # of each variant that is there
-    datasets: tuple[str, ...],
-    seeds: Iterable[int],
-    users: int = 300,
+    datasets: tuple[str, ...],  # that have runs
+    seeds: Iterable[int],  # that have runs
+    users: int = 300,  # how many
 ) -> Record:
     "Runs with ranks drawn around a strength, without effect in null worlds: for tests and demonstrations."
     rows, ranks, rng = [], [], np.random.default_rng(0)

@@ -40,7 +40,7 @@ from ..model.recommender import MODELS
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-006
 def run_key(
-    study: Study,
+    study: Study,  # of `read_study`
     params: Mapping,  # of `load_study`
     place: tuple[str, int, str, str],  # protocol, seed, data set, variant that is trained
     test_time: Mapping,  # what is changed in the items when it is tested
@@ -62,15 +62,18 @@ _RANKS = ("run", "user", "position", "full", "new")
 
 
 def record_path(
-    root: Path,
-    study: Study,
+    root: Path,  # of the project
+    study: Study,  # of `read_study`
     part: str,  # runs.csv, ranks.parquet, curves.csv, ...
 ) -> Path:
     "Where a part of a study's record is."
     return Path(root) / "results" / FOLDERS[study.kind] / f"{study.name}.{part}"
 
 
-def read_runs(root: Path, study: Study) -> pd.DataFrame:  # a row a run
+def read_runs(
+    root: Path,  # of the project
+    study: Study,  # of `read_study`
+) -> pd.DataFrame:  # a row a run
     "All rows of a study, none where there is no file; raises ValueError for a file that does not read whole."
     path = record_path(root, study, "runs.csv")
     if not path.exists():
@@ -94,7 +97,10 @@ def read_runs(root: Path, study: Study) -> pd.DataFrame:  # a row a run
     return rows.astype({"seed": int})
 
 
-def read_ranks(root: Path, study: Study) -> pd.DataFrame:  # run, user, position, full, new, ...
+def read_ranks(
+    root: Path,  # of the project
+    study: Study,  # of `read_study`
+) -> pd.DataFrame:  # run, user, position, full, new, ...
     "The ranks of a study's runs; raises ValueError for a file that cannot be read, or ranks that are none."
     path = record_path(root, study, "ranks.parquet")
     if not path.exists():
@@ -135,12 +141,12 @@ def _replace_ranks(path: Path, ranks: pd.DataFrame) -> None:
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-012
 def record_run(
-    root: Path,
-    study: Study,
+    root: Path,  # of the project
+    study: Study,  # of `read_study`
     row: Mapping,  # what is known of the run; `run` is its key
     ranks: pd.DataFrame | None,  # of `rank_table`; None: nothing was tested
     curve: pd.DataFrame | None = None,  # epoch, seconds, mrr
-    confusion: pd.DataFrame | None = None,
+    confusion: pd.DataFrame | None = None,  # of `schema_confusion`; None: not asked for
 ) -> None:
     "Add a run to a study's files, or replace it."
     path = record_path(root, study, "runs.csv")
@@ -160,8 +166,8 @@ def record_run(
 
 
 def drop_runs(
-    root: Path,
-    study: Study,
+    root: Path,  # of the project
+    study: Study,  # of `read_study`
     kept: set[str],  # keys
 ) -> None:
     "Drop what is recorded of other runs than these."
@@ -178,7 +184,9 @@ def drop_runs(
 
 
 def shared_run(
-    root: Path, study: Study, run: str
+    root: Path,  # of the project
+    study: Study,  # of `read_study`
+    run: str,  # key of the run
 ) -> tuple[dict, pd.DataFrame, pd.DataFrame | None] | None:  # row, ranks, curve
     "A run that another study of this kind has recorded."
     folder = record_path(root, study, "runs.csv").parent
@@ -199,10 +207,10 @@ def shared_run(
 class Record:
     "The runs of a study that are recorded."
 
-    study: Study
+    study: Study  # whose runs these are
     rows: pd.DataFrame  # a row a run: run, dataset, variant, seed, protocol, figures, seconds, code
     ranks: pd.DataFrame  # run, user, position, full, new: is the item new to the user?
-    planned: int
+    planned: int  # how many rows the study is to have
     stale: int = 0  # rows by an earlier state of the code
     others: int = 0  # rows of other settings or data, left out
 
@@ -221,8 +229,8 @@ def _user_mean(ranks: pd.DataFrame) -> pd.Series:
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-016
 def load_record(
-    root: Path,
-    study: Study,
+    root: Path,  # of the project
+    study: Study,  # of `read_study`
     params: Mapping,  # of `load_study`
     codes: Mapping[tuple[str, str], str],  # (protocol, name of a row) -> hash of the present code
 ) -> Record:
@@ -274,9 +282,9 @@ def _check_ranks(path: Path, rows: pd.DataFrame, ranks: pd.DataFrame) -> None:
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-021
 def seconds_left(
-    study: Study,
+    study: Study,  # of `read_study`
     rows: pd.DataFrame,  # recorded trials with the present settings: dataset, variant, seconds
-    dataset: str,
+    dataset: str,  # a name under `sets`
     trial: str,  # of `Study.trained`
 ) -> float:  # 0: no limit
     "The seconds of training that a trial may take."
@@ -301,7 +309,7 @@ def is_settled(
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-024
 def best_trials(
-    study: Study,
+    study: Study,  # of `read_study`
     rows: pd.DataFrame,  # recorded trials: dataset, variant, valid_mrr
 ) -> dict[str, dict[str, dict]]:  # data set -> model -> settings
     "The settings of the best trial of every model, by validation MRR; the earlier one where two are equal."

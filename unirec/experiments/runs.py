@@ -57,15 +57,20 @@ from ..pipeline.evaluate import llm_share
 class Row:
     "A row of a record that is to be made."
 
-    run: str
-    changes: dict
+    run: str  # key of the run
+    changes: dict  # of the items, when the model is tested
     data: str  # hash
     code: str  # hash
     inputs: Inputs  # that it is tested on
 
 
 def test_ranks(
-    trained: Trained, data: Data, row: Row, params: Mapping, protocol: str, seed: int
+    trained: Trained,  # of `train_variant`
+    data: Data,  # that the model was trained on
+    row: Row,  # what is to be recorded
+    params: Mapping,  # of `load_study`
+    protocol: str,  # leave_one_out, last5
+    seed: int,  # of what is missing and of the order of ties
 ) -> pd.DataFrame:
     "Ranks of a trained model, on items that look different where the row says so."
     if not row.changes:
@@ -168,10 +173,10 @@ def _do_run(
 class Selection:
     "A part of a study; None: all."
 
-    datasets: list[str] | None = None
-    seeds: list[int] | None = None
+    datasets: list[str] | None = None  # names of data sets
+    seeds: list[int] | None = None  # seeds of training
     variants: list[str] | None = None  # variants or models that are trained
-    protocols: list[str] | None = None
+    protocols: list[str] | None = None  # names of protocols
 
     def has(self, study: Study, place: tuple[str, int, str, str]) -> bool:
         "Is a run a part of it?"
@@ -250,9 +255,9 @@ class _Runner:
 
 # %% ../../nbs/experiments/06_runs.ipynb #cell-018
 def run_study(
-    root: Path,
+    root: Path,  # of the project
     name: str,  # of a file in experiments/
-    part: Selection | None = None,
+    part: Selection | None = None,  # which runs; None: all
 ) -> tuple[int, int]:  # how many were trained; how many another process is at
     "Do the runs of a study that are not recorded."
     root = Path(root)
@@ -279,15 +284,18 @@ def run_study(
 
 
 # %% ../../nbs/experiments/06_runs.ipynb #cell-024
-def recorded(root: Path, name: str) -> tuple[Record, dict]:  # the record; parameters
+def recorded(
+    root: Path,  # of the project
+    name: str,  # of a file in experiments/
+) -> tuple[Record, dict]:  # the record; parameters
     "Everything that is recorded of a study with its present settings, from committed files alone."
     study, params = load_study(Path(root), name)
     return load_record(Path(root), study, params, present_codes(study)), params
 
 
 def judge_study(
-    root: Path,
-    name: str,
+    root: Path,  # of the project
+    name: str,  # of a file in experiments/
     prune: bool = False,  # drop what was run with other settings or on other data
 ) -> pd.DataFrame:  # of verdicts, of the comparison, or of trials
     "Judge what is recorded of a study, and write its tables."

@@ -79,23 +79,23 @@ class Contrast(Strict):
 
     statement: str  # what it would mean for the variant to be better
     variant: str  # of `variants` or `test_time`
-    rivals: Texts
+    rivals: Texts  # variants that it is compared with
     where: Texts | None = None  # data sets; None: all
 
 
 class Limit(Strict):
     "What is run under one protocol; everything where it says nothing."
 
-    variants: Texts | None = None
-    seeds: Seeds | None = None
-    datasets: Texts | None = None
+    variants: Texts | None = None  # names of variants; None: all
+    seeds: Seeds | None = None  # None: all
+    datasets: Texts | None = None  # None: all
 
 
 class StudySet(Strict):
     "What a study says of one of its data sets."
 
     like: str = ""  # a data set of params.yaml that it is derived from
-    title: str = ""
+    title: str = ""  # how tables call it; empty: as `like`
     options: dict[str, Any] = {}  # of the derived set
     null_world: bool = False  # nothing can be gained here
     variants: Texts | None = None  # that are run here; None: all
@@ -107,13 +107,13 @@ class Study(Strict):
     "A file in experiments/: what is run, and what would answer it."
 
     name: str  # of the file
-    title: str
-    kind: Literal["question", "comparison", "tuning"] = "question"
-    statement: str = ""
-    refuted_by: str = ""
-    datasets: Texts
-    seeds: Seeds
-    protocols: Annotated[list[Protocol], AfterValidator(_distinct)] = ["leave_one_out"]
+    title: str  # how tables call the study
+    kind: Literal["question", "comparison", "tuning"] = "question"  # what the study is for
+    statement: str = ""  # what would be found if it is true
+    refuted_by: str = ""  # what would show that it is false
+    datasets: Texts  # names under `sets`
+    seeds: Seeds  # of training, for every variant
+    protocols: Annotated[list[Protocol], AfterValidator(_distinct)] = ["leave_one_out"]  # ways of holding out
     model: Literal["unirec", "unirec_id"] = "unirec"  # of `variants`
     variants: dict[
         str, dict[str, Any]
@@ -124,12 +124,12 @@ class Study(Strict):
     budget: str = "quick"  # of common.yaml: settings of every variant
     base: dict[str, Any] = {}  # settings of every variant
     per_set: dict[str, dict[str, Any]] = {}  # data set -> settings that every variant has there
-    sets: dict[str, StudySet] = {}
+    sets: dict[str, StudySet] = {}  # what differs on a data set
     more_seeds: dict[str, Seeds] = {}  # variant -> further seeds
-    limits: dict[Protocol, Limit] = {}
+    limits: dict[Protocol, Limit] = {}  # protocol -> what is run under it
     only_on: dict[str, Texts] = {}  # model or variant -> its data sets, where they are not all
-    test_time: dict[str, TestTime] = {}
-    contrasts: dict[str, Contrast] = {}
+    test_time: dict[str, TestTime] = {}  # name of a row -> how items differ when a variant is tested
+    contrasts: dict[str, Contrast] = {}  # name -> what is compared with what
     margin: float = Field(0.05, gt=0, lt=1)  # a gain below this share of the rival's MRR does not count
     seconds: float = Field(0.0, ge=0, allow_inf_nan=False)  # of training a variant, both stages; 0: no limit
     minutes: float = Field(
@@ -197,7 +197,9 @@ def error_lines(
 BLOCKS = ("model", "pretrain", "llm", "finetune")  # of params.yaml, which a run's key is made of
 
 
-def item_changes(changes: Mapping) -> dict:
+def item_changes(
+    changes: Mapping,  # of a variant: dotted name -> value
+) -> dict:
     "What a variant changes in the items, without the prefix `data.`."
     return {name.removeprefix("data."): value for name, value in changes.items() if name.startswith("data.")}
 
@@ -281,7 +283,9 @@ def read_study(path: Path) -> Study:
     return study
 
 
-def study_names(root: Path) -> list[str]:
+def study_names(
+    root: Path,  # of the project
+) -> list[str]:
     "The studies in experiments/."
     names = sorted(path.stem for path in (Path(root) / "experiments").glob("*.yaml"))
     return [name for name in names if name not in ("common", "tuned", "dvc")]
@@ -336,8 +340,8 @@ def _is_run(study: Study, dataset: str, variant: str, seed: int, first: int) -> 
 
 
 def tested_with(
-    study: Study,
-    dataset: str,
+    study: Study,  # of `read_study`
+    dataset: str,  # a name under `sets`
     variant: str,  # that is trained
 ) -> dict[str, dict]:  # name of a row -> what is changed in the items when it is tested
     "What is recorded of a trained variant: itself, and its variants at test time."
@@ -350,6 +354,8 @@ def tested_with(
     return out
 
 
-def planned(study: Study) -> list[tuple[str, int, str, str]]:
+def planned(
+    study: Study,  # of `read_study`
+) -> list[tuple[str, int, str, str]]:
     "(protocol, seed, data set, name) of every row that the study is to have."
     return [(p, seed, d, name) for p, seed, d, v in jobs(study) for name in tested_with(study, d, v)]

@@ -32,11 +32,11 @@ from ..pipeline.stages import finetune, pretrain
 
 # %% ../../nbs/experiments/03_variants.ipynb #cell-006
 def settings(
-    study: Study,
+    study: Study,  # of `read_study`
     params: Mapping,  # of `load_study`
-    dataset: str,
+    dataset: str,  # a name under `sets`
     variant: str,  # of `Study.trained`
-    seed: int,
+    seed: int,  # of training
 ) -> tuple[dict, dict]:  # what training reads; what is changed in the items
     "Everything that a run depends on beside data and code; raises ValueError for an unknown parameter."
     model, changes = study.trained[variant]
@@ -346,10 +346,10 @@ def _train_stages(
 
 # %% ../../nbs/experiments/03_variants.ipynb #cell-038
 def train_variant(
-    root: Path,
-    study: Study,
+    root: Path,  # of the project
+    study: Study,  # of `read_study`
     params: Mapping,  # of `load_study`
-    inputs: Inputs,
+    inputs: Inputs,  # of `load_inputs`
     place: tuple[str, int, str, str],  # protocol, seed, data set, variant
     budget: float = 0.0,  # seconds; 0: no limit
 ) -> tuple[Trained, Data, list[dict]]:  # the model; what it saw; its log, a row an epoch

@@ -42,9 +42,9 @@ def _held_out(protocol: str) -> str:
 
 
 def set_title(
-    study: Study,
+    study: Study,  # that uses the data set
     params: Mapping,  # of `load_study`
-    dataset: str,
+    dataset: str,  # a name under `sets`
 ) -> str:
     "What a data set is called; synthetic ones and null worlds say so."
     block = params["sets"][dataset]
@@ -54,7 +54,7 @@ def set_title(
 
 
 def plan_text(
-    study: Study,
+    study: Study,  # of `read_study`
     params: Mapping,  # of `load_study`
 ) -> str:
     "The statement, what would refute it, and what is run, as Markdown."
@@ -83,7 +83,7 @@ def plan_text(
 
 # %% ../../nbs/report/06_answers.ipynb #cell-010
 def variant_table(
-    record: Record,
+    record: Record,  # of `load_record`
     params: Mapping,  # of `load_study`
 ) -> str:
     "A Markdown table per data set and protocol: figures over seeds, and differences to the reference."
@@ -205,7 +205,7 @@ SET_COLOURS = {
 @mpl.rc_context(PLOT_STYLE)
 def verdict_plot(
     verdicts: pd.DataFrame,  # of `read_verdicts`
-    protocol: str = "leave_one_out",
+    protocol: str = "leave_one_out",  # way of holding out whose verdicts are drawn
     limit: float = 0.4,  # share of the rival's MRR at which the axis ends
     margin: float = 0.05,  # gains below this share do not count
 ) -> Figure | None:  # None: there are none
@@ -270,7 +270,7 @@ def _draw_share(axes: Axes, y: float, row, limit: float) -> None:  # row: of `re
 # %% ../../nbs/report/06_answers.ipynb #cell-022
 def overview(
     root: Path,  # of the project
-    protocol: str = "leave_one_out",
+    protocol: str = "leave_one_out",  # way of holding out whose verdicts are shown
 ) -> str:
     "The verdicts on all contrasts: how many hold, and one row a contrast, as Markdown."
     verdicts = read_verdicts(root)

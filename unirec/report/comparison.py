@@ -182,7 +182,7 @@ def _best_on_test_sentence(
 
 def data_set_sentence(
     table: pd.DataFrame,  # rows of one data set
-    protocol: str,
+    protocol: str,  # leave_one_out, last5
 ) -> str:
     "Where UniRec stands on one data set, worse or better, from the verdicts"
     pair = _best_unirec(against_reference(table, protocol))

@@ -257,7 +257,9 @@ def curve_charts(
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
-def script_json(value) -> str:
+def script_json(
+    value,  # anything that JSON can hold
+) -> str:
     "JSON that can stand in a script block; raises ValueError for NaN and infinity, which JSON does not have"
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 

@@ -107,7 +107,7 @@ def duration(
 
 def relative_change(
     new: Any,  # numbers, or what is none
-    old: Any,
+    old: Any,  # the value that is compared with
 ) -> str:
     "By how much a value has changed, in percent of the old one"
     if "–" in (format_number(new, "{}"), format_number(old, "{}")) or not old:

@@ -48,7 +48,7 @@ from .figures import COMPARISON, METRICS, PROTOCOLS, inline_svg, plot_groups, re
 class Cell(NamedTuple):
     "A cell of a table."
 
-    text: str
+    text: str  # what the cell shows
     small: str = ""  # beside or below the text, less prominent
     style: str = ""  # a class of the page's style; `best` is bold in Markdown
     more: str = ""  # a long text that unfolds, on the page only
@@ -106,14 +106,14 @@ def html_table(
 
 # %% ../../nbs/report/02_tables.ipynb #cell-013
 def escape_markdown(
-    text: object,
+    text: object,  # any value
 ) -> str:  # one line
     "Text that Markdown shows as it is"
     return re.sub(r"([\\`*_|\[\]~$])", r"\\\1", str(escape(" ".join(str(text).split()))))
 
 
 def markdown_cell(
-    cell: Cell,
+    cell: Cell,  # one cell of a table
 ) -> str:
     "A cell as Markdown: the best of a column is bold"
     text = escape_markdown(cell.text)
@@ -270,7 +270,7 @@ def groups_frame(
 
 
 def formatted(
-    rows: pd.DataFrame,
+    rows: pd.DataFrame,  # a table with the columns that `formats` names
     formats: dict[str, tuple[str, str]],  # column -> its head and the format of its figures; "": a text
 ) -> pd.DataFrame:  # of cells
     "The columns of a table as texts, under the heads that a reader knows"
