@@ -29,7 +29,7 @@ from unirec.core.files import advise_on_disk_errors, gunzip, sibling_path, unzip
 from unirec.core.params import read_params
 from unirec.data import sources
 from unirec.data.download import FetchError, Patience, fetch
-from unirec.data.pictures import Limits, examine, fetch_pictures, packed_names, picture_urls
+from unirec.data.pictures import PictureLimits, examine, fetch_pictures, packed_names, picture_urls
 from unirec.data.prepare import prepare
 from unirec.data.releases import RELEASES, RawFile, Release, five_core, join_reviews
 from unirec.data.schema import SetSpec
@@ -638,7 +638,7 @@ BROKEN = {
     "heavy.jpg": noise((700, 700)),
     "format.ppm": picture("PPM"),
 }
-LIMITS = Limits(largest=200_000, pixels=10**6)
+LIMITS = PictureLimits(largest=200_000, pixels=10**6)
 
 
 @pytest.mark.parametrize("name", BROKEN)

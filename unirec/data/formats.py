@@ -4,13 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "ROWS",
     "TABLE_PARTS",
-    "check_distinct",
     "atomic_parts",
-    "csv_parts",
-    "jsonl_parts",
-    "parquet_parts",
     "find_table",
     "table_parts",
     "raw_item_columns",

@@ -5,15 +5,11 @@
 # %% auto #0
 __all__ = [
     "EVENTS",
-    "REVIEW",
-    "DATE",
     "WORKERS",
     "SPACES",
     "EventFilter",
     "larger_batches",
     "events_table",
-    "exact_review",
-    "review_table",
     "arrow_batch",
     "review_batches",
     "review_text",

@@ -309,7 +309,7 @@ def guess(
     "What a column is, by the first rule that speaks; the last one always does."
     column = Column(source, values, limits)
     guesses = (rule(column) for rule in RULES)
-    return next(found for found in guesses if found is not None)
+    return next(answer for answer in guesses if answer is not None)
 
 
 # %% ../../nbs/data/02_propose.ipynb #cell-024
@@ -336,18 +336,18 @@ def propose(
     dotted = {name for record in records for name in record if "." in str(name)}
     for source, values in table.items():
         if source == key:
-            found = Guess(None, "the item's id")
+            result = Guess(None, "the item's id")
         elif source in dotted:
-            found = Guess(None, "a dot in a column's name reads as a record; rename the column")
+            result = Guess(None, "a dot in a column's name reads as a record; rename the column")
         elif 0 < len(values) < limits.coverage * len(records):
-            found = Guess(None, f"rare: {len(values)} of {len(records)} rows have it")
+            result = Guess(None, f"rare: {len(values)} of {len(records)} rows have it")
         else:
-            found = guess(source, values, limits)
-        if found.spec is None:
-            left_out[source] = found.note
+            result = guess(source, values, limits)
+        if result.spec is None:
+            left_out[source] = result.note
         else:
-            note = f"{len(values)} of {len(records)} rows; {found.note}"
-            kept[_free_name(source, kept)] = Guess(found.spec, note)
+            note = f"{len(values)} of {len(records)} rows; {result.note}"
+            kept[_free_name(source, kept)] = Guess(result.spec, note)
     if not kept:
         reasons = "; ".join(f"{source} ({why})" for source, why in left_out.items())
         raise ValueError(f"no column can be used: {reasons or 'the table is empty'}")

@@ -5,18 +5,15 @@
 # %% auto #0
 __all__ = [
     "Tables",
-    "SNAPSHOT_FIELDS",
     "AMAZON2023",
     "AMAZON2018",
     "YELP_FIELDS",
     "READERS",
     "read_recbole",
     "read_table",
-    "snapshot_notes",
     "read_amazon2023",
     "read_amazon2018",
     "read_amazon2014",
-    "unquoted",
     "first_photos",
     "read_yelp",
 ]

@@ -6,12 +6,6 @@
 __all__ = [
     "TYPES",
     "LARGEST",
-    "FIELDS",
-    "AMAZON",
-    "AMAZON_NOTES",
-    "BY_CODE",
-    "YELP",
-    "YELP_NOTES",
     "PRESETS",
     "RAW_FILES",
     "register_type",
@@ -20,7 +14,6 @@ __all__ = [
     "one_line",
     "schema_yaml",
     "read_schema",
-    "Preset",
     "preset",
     "preset_yaml",
     "SetSpec",
@@ -313,9 +306,9 @@ def preset(name: str) -> Preset:
 
 def preset_yaml(name: str) -> str:
     "A preset as YAML to be edited, with its source."
-    found = preset(name)
-    return f"# {found.title}. Raw fields: {found.files}.\n# Attributes: {found.source}.\n" + schema_yaml(
-        found.block, found.notes
+    chosen = preset(name)
+    return f"# {chosen.title}. Raw fields: {chosen.files}.\n# Attributes: {chosen.source}.\n" + schema_yaml(
+        chosen.block, chosen.notes
     )
 
 

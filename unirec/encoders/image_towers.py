@@ -6,7 +6,6 @@
 __all__ = [
     "open_picture",
     "read_picture",
-    "decode_ahead",
     "ImageEncoder",
     "open_clip_weights",
     "OpenClipImage",
