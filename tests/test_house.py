@@ -20,7 +20,6 @@ LONGEST_RUN = 3  # exported cells without an output or a test between them
 LONG_RUNS = {
     "baselines/titles",
     "baselines/official_code",
-    "core/device",
     "model/fusion",
     "model/llm",
     "training/loop",

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from ..data.histories import Histories, windows
 from ..evaluation.metrics import full_ranks, summarise
-from ..model.events import lay_out, same_window
+from ..model.events import pack_rows, same_window
 from ..model.losses import catalogue_cross_entropy
 from ..training.loop import FitConfig, fit
 
@@ -225,7 +225,7 @@ class SequenceScorer:
         if not counts.all():
             raise ValueError(f"user row {np.asarray(users)[np.argmin(counts)]} has no history")
         real = events >= 0
-        rows, places, window = lay_out(counts, self.length if self.model.packed else 0)
+        rows, places, window = pack_rows(counts, self.length if self.model.packed else 0)
         ends = counts.cumsum() - 1  # where the last event of each user is
         inputs, of = np.zeros((2, rows.max() + 1, places.max() + 1), np.int64)
         inputs[rows, places], of[rows, places] = histories.items[events[real]], window + 1
@@ -269,7 +269,7 @@ def _window_batch(
 ) -> dict:  # one of `window_batches`
     "One batch: the windows' inputs and targets, and which window stands at a place."
     real = part[:, 1:] >= 0
-    rows, places, of_place = lay_out(real.sum(1), capacity)
+    rows, places, of_place = pack_rows(real.sum(1), capacity)
     inputs = np.zeros((rows.max() + 1, capacity or places.max() + 1), np.int64)
     targets, window = np.full_like(inputs, -1), np.full_like(inputs, -1)
     inputs[rows, places], targets[rows, places] = items[part[:, :-1][real]], items[part[:, 1:][real]]

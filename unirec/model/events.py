@@ -13,7 +13,7 @@ __all__ = [
     "visible_events",
     "seen_items_mask",
     "first_fit",
-    "lay_out",
+    "pack_rows",
     "same_window",
 ]
 
@@ -212,7 +212,7 @@ def first_fit(
     return row, start
 
 
-def lay_out(
+def pack_rows(
     counts: np.ndarray,  # (W,) places that each window needs, at least 1
     capacity: int,  # places of a row that holds several windows; 0: one window a row
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (E,) row, (E,) place in it, (E,) window; E = counts.sum()
