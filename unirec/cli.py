@@ -8,6 +8,7 @@ __all__ = ["COMMANDS", "Command", "parser", "main"]
 # %% ../nbs/00_cli.ipynb #cell-003
 import argparse
 import importlib
+import os
 import sys
 from typing import NamedTuple
 
@@ -85,6 +86,8 @@ def parser(
 
 def main(argv: list[str] | None = None) -> int:  # exit code
     "Run a command: its exit code, or 2 and one line on stderr where the input is bad."
+    # threads that wait for work sleep instead of spinning: see the chapter on speed; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
     name = next((word for word in argv if not word.startswith("-")), None)
     top = parser(name)
