@@ -86,7 +86,7 @@ def parser(
 
 def main(argv: list[str] | None = None) -> int:  # exit code
     "Run a command: its exit code, or 2 and one line on stderr where the input is bad."
-    # threads that wait for work sleep instead of spinning: see the chapter on speed; read when torch is imported
+    # threads that wait for work sleep instead of spinning (read when torch is imported)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
     name = next((word for word in argv if not word.startswith("-")), None)
