@@ -225,7 +225,7 @@ def test_a_shop_goes_through_the_reader_with_what_was_proposed(suffix, tmp_path)
         ("a.jsonl", b"[1]\n", "a.jsonl, row 1: expected a record"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"item_id": "a"}\n' * 999)[:-9],
+            gzip.compress(b'{"item_id": "a"}\n' * 999, mtime=0)[:-9],
             "a.jsonl.gz, after row 0: the file is cut or damaged",
         ),
         ("a.jsonl.gz", b'{"item_id": "a"}\n', "a.jsonl.gz: the name says gzip, the content is not"),
