@@ -16,16 +16,6 @@ LONGEST_LINE = 110  # characters
 LARGEST_TEXT = 5_000_000  # bytes; above that a file is data
 LONGEST_RUN = 3  # exported cells without an output or a test between them
 
-# Notebooks, as wing/room, that still have longer runs of exported cells. Take a name out when it is mended.
-LONG_RUNS = {
-    "baselines/titles",
-    "baselines/official_code",
-    "model/fusion",
-    "model/llm",
-    "training/loop",
-    "training/objective",
-}
-
 # in two pieces each, so that this file does not find itself
 MACHINE_PATHS = [
     re.compile(pattern)
@@ -400,10 +390,7 @@ def test_exported_cells_are_shown_or_tested(root):
         run = longest_run(json.loads(path.read_text(encoding="utf8"))["cells"])
         if run > LONGEST_RUN:
             long[f"{path.parent.name}/{re.sub('^[0-9]+_', '', path.stem)}"] = run
-    new = {name: run for name, run in long.items() if name not in LONG_RUNS}
-    assert not new, f"exported cells in a row without an output or a test between them: {new}"
-    mended = LONG_RUNS - set(long)
-    assert not mended, f"take these out of LONG_RUNS: {mended}"
+    assert not long, f"exported cells in a row without an output or a test between them: {long}"
 
 
 def test_notebooks_are_small(root):

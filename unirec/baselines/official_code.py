@@ -77,7 +77,7 @@ class Released(TitleReader):
         return self.read((states * real[..., None]).sum(1) / real.sum(1, keepdim=True))
 
 
-# %% ../../nbs/baselines/05_official_code.ipynb #cell-010
+# %% ../../nbs/baselines/05_official_code.ipynb #cell-012
 def released_batches(
     train: Histories, model: Released, seed: int
 ) -> (
@@ -112,7 +112,7 @@ def released_batches(
     return batches
 
 
-# %% ../../nbs/baselines/05_official_code.ipynb #cell-012
+# %% ../../nbs/baselines/05_official_code.ipynb #cell-015
 def released_loss(model: Released, batch: dict[str, Tensor]) -> Tensor:
     "InfoNCE over each prompt's own candidates; a negative that is the target does not compete."
     own, rows = batch["candidates"][:, :1], batch["candidates"]
@@ -121,6 +121,7 @@ def released_loss(model: Released, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(scores.masked_fill(again, -torch.inf).float(), torch.zeros_like(own[:, 0]))
 
 
+# %% ../../nbs/baselines/05_official_code.ipynb #cell-018
 def released(
     train: Histories,
     targets: np.ndarray,  # train events; (U,) valid items: early stop only

@@ -176,7 +176,7 @@ class TitleConfig:
             raise ValueError(f"history, title_tokens and batch_tokens are at least 1, got {self}")
 
 
-# %% ../../nbs/baselines/04_titles.ipynb #cell-018
+# %% ../../nbs/baselines/04_titles.ipynb #cell-019
 class TitleReader(nn.Module):
     "A language model that reads titles, and a projection of frozen text vectors as candidates."
 
@@ -231,7 +231,7 @@ class TitleReader(nn.Module):
         return self(self.prompts(items))
 
 
-# %% ../../nbs/baselines/04_titles.ipynb #cell-020
+# %% ../../nbs/baselines/04_titles.ipynb #cell-021
 class TitleScorer:
     "A trained reader as a scorer; `model` and `log` (one row an epoch) stay at hand."
 
@@ -252,7 +252,7 @@ class TitleScorer:
         return (queries[back] @ model.candidates().T).float().cpu()
 
 
-# %% ../../nbs/baselines/04_titles.ipynb #cell-022
+# %% ../../nbs/baselines/04_titles.ipynb #cell-023
 def some_users(
     h: Histories,
     n: int,  # users that are drawn; 0 or more than there are: all
@@ -288,7 +288,7 @@ def fitted(
     return scorer
 
 
-# %% ../../nbs/baselines/04_titles.ipynb #cell-024
+# %% ../../nbs/baselines/04_titles.ipynb #cell-027
 @dataclass
 class TextLLMConfig(TitleConfig):
     "The model of titles alone."
@@ -320,7 +320,7 @@ class TextLLM(TitleReader):
         return super().query(items)[torch.arange(len(items)), torch.from_numpy((items >= 0).sum(1) - 1)]
 
 
-# %% ../../nbs/baselines/04_titles.ipynb #cell-028
+# %% ../../nbs/baselines/04_titles.ipynb #cell-031
 def title_batches(train: Histories, titles: Titles, config: TextLLMConfig, seed: int) -> Callable:
     """A sample of windows of train events each epoch, in batches of about the same length.
 
@@ -354,7 +354,7 @@ def text_loss(model: TextLLM, batch: dict[str, Tensor]) -> Tensor:
     return info_nce(model(batch)[real], model.candidates(), batch["targets"][real], model.temperature())
 
 
-# %% ../../nbs/baselines/04_titles.ipynb #cell-029
+# %% ../../nbs/baselines/04_titles.ipynb #cell-032
 def probe(
     model: TextLLM, batches: list[dict], steps: int, lr: float, size: int = 512
 ) -> None:  # `size` positions a step

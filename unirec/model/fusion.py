@@ -65,7 +65,7 @@ class MeanFusion(Pooled):
         return self.tokens(masked_mean(memory, mask))
 
 
-# %% ../../nbs/model/03_fusion.ipynb #cell-012
+# %% ../../nbs/model/03_fusion.ipynb #cell-014
 class MLPFusion(Pooled):
     "Deep Sets: an MLP per attribute, masked mean, an MLP to the tokens."
 
@@ -84,7 +84,7 @@ class MLPFusion(Pooled):
         )
 
 
-# %% ../../nbs/model/03_fusion.ipynb #cell-014
+# %% ../../nbs/model/03_fusion.ipynb #cell-018
 class CLIPFusion(Pooled):
     "Every attribute projected to length one; their masked mean."
 
@@ -98,7 +98,7 @@ class CLIPFusion(Pooled):
         )
 
 
-# %% ../../nbs/model/03_fusion.ipynb #cell-016
+# %% ../../nbs/model/03_fusion.ipynb #cell-022
 class SelfAttentionFusion(Pooled):
     "One self-attention layer over the attributes, then the masked mean."
 
@@ -123,7 +123,7 @@ class SelfAttentionFusion(Pooled):
         )
 
 
-# %% ../../nbs/model/03_fusion.ipynb #cell-018
+# %% ../../nbs/model/03_fusion.ipynb #cell-024
 class QFormerFusion(QFormer):
     "The Q-Former as a fusion."
 
@@ -131,7 +131,7 @@ class QFormerFusion(QFormer):
         return super().forward(memory, mask)[:, 0]
 
 
-# %% ../../nbs/model/03_fusion.ipynb #cell-019
+# %% ../../nbs/model/03_fusion.ipynb #cell-025
 FUSIONS = ("qformer", "mean", "mlp", "clip", "self_attention")
 
 

@@ -164,7 +164,7 @@ def _write_entry(entry: Path, settings: dict, tensors: dict[str, Tensor]) -> Non
         pass  # another process was first; its entry is the same
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-013
+# %% ../../nbs/model/07_llm.ipynb #cell-015
 def load_llm(
     config: LLMConfig,
 ) -> tuple[nn.Module, Tensor, float, str, Tensor]:
@@ -218,7 +218,7 @@ def _random_weights(state: dict[str, Tensor], std: float, generator: torch.Gener
     return drawn
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-016
+# %% ../../nbs/model/07_llm.ipynb #cell-018
 def lora_modules(body: nn.Module) -> list[str]:
     "Names of the linear layers that get adapters; raises ValueError where there are none."
     linear = {n.rpartition(".")[2] for n, m in body.named_modules() if isinstance(m, nn.Linear)}
@@ -228,7 +228,7 @@ def lora_modules(body: nn.Module) -> list[str]:
     return names
 
 
-# %% ../../nbs/model/07_llm.ipynb #cell-018
+# %% ../../nbs/model/07_llm.ipynb #cell-020
 def adapted(body: nn.Module, config: LLMConfig) -> nn.Module:
     "The body with trainable adapters on its frozen layers; as it is where `adapt` is frozen."
     if config.adapt == "frozen":

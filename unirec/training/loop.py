@@ -195,7 +195,7 @@ def _named_rows(batch: dict) -> str:
     return f" (ids {', '.join(map(str, ids[:8]))}{more})" if ids else ""
 
 
-# %% ../../nbs/training/02_loop.ipynb #cell-026
+# %% ../../nbs/training/02_loop.ipynb #cell-028
 def _step(
     module: nn.Module,  # of `ModelAndLoss`
     group: list[dict],  # the batches of one optimiser step
@@ -225,7 +225,7 @@ def _step(
         losses.append(torch.stack([v.float() for v in parts.values()]))
 
 
-# %% ../../nbs/training/02_loop.ipynb #cell-027
+# %% ../../nbs/training/02_loop.ipynb #cell-029
 def _epoch(
     module: nn.Module,  # of `ModelAndLoss`
     epoch_batches: list,
@@ -260,7 +260,7 @@ def _epoch(
     run.seconds = time.perf_counter() - since
 
 
-# %% ../../nbs/training/02_loop.ipynb #cell-028
+# %% ../../nbs/training/02_loop.ipynb #cell-030
 def _row(run: Progress, epoch_batches: list, valid: dict, config: FitConfig) -> dict:
     "An epoch's row of the log."
     norms = np.array(run.norms)
@@ -286,7 +286,6 @@ def _row(run: Progress, epoch_batches: list, valid: dict, config: FitConfig) -> 
     }
 
 
-# %% ../../nbs/training/02_loop.ipynb #cell-029
 def _line(desc: str, row: dict) -> str:
     "A row of the log as a line of text."
     padding = f"  padding {row['padding_share']:.0%}" if "padding_share" in row else ""
@@ -297,7 +296,7 @@ def _line(desc: str, row: dict) -> str:
     )
 
 
-# %% ../../nbs/training/02_loop.ipynb #cell-030
+# %% ../../nbs/training/02_loop.ipynb #cell-033
 def _validated(model: nn.Module, validate: Callable, run: Progress, accelerator: Accelerator) -> dict:
     """Figures on valid.
 
@@ -316,7 +315,7 @@ def _validated(model: nn.Module, validate: Callable, run: Progress, accelerator:
     return valid | {"mrr": mrr}
 
 
-# %% ../../nbs/training/02_loop.ipynb #cell-033
+# %% ../../nbs/training/02_loop.ipynb #cell-036
 def fit(
     model: nn.Module,
     # epoch -> list of dicts of tensors; "events" counts a batch's supervised positions, "tokens" its

@@ -119,7 +119,7 @@ def _seen_rows(
     return torch.where(rows < 0, row[:, None], rows), (rows == row[:, None]).any(1)
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-011
+# %% ../../nbs/training/03_objective.ipynb #cell-013
 def next_item_loss(
     model: UniRec,
     batch: dict[str, Tensor],  # as `unirec.model.events.training_batches` makes them
@@ -159,7 +159,7 @@ def next_item_loss(
     return loss, tokens, items
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-012
+# %% ../../nbs/training/03_objective.ipynb #cell-014
 def pair_loss(
     model: UniRec,
     batch: dict[str, Tensor],
@@ -189,7 +189,7 @@ def pair_loss(
     )
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-013
+# %% ../../nbs/training/03_objective.ipynb #cell-015
 def step_loss(
     model: UniRec,
     batch: dict[str, Tensor],
@@ -218,7 +218,7 @@ def step_loss(
     return {"loss": loss + shared, "shared": shared, **parts}
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-019
+# %% ../../nbs/training/03_objective.ipynb #cell-021
 class MovingAverage(nn.Module):
     "Moving averages of a module's trainable weights."
 
@@ -259,7 +259,7 @@ class MovingAverage(nn.Module):
             getattr(self, n).copy_(kept)
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-022
+# %% ../../nbs/training/03_objective.ipynb #cell-024
 class Objective(nn.Module):
     "A model, its reconstruction head and its losses; called with a batch, it gives the losses."
 
@@ -314,7 +314,7 @@ class Objective(nn.Module):
                 self.average.swap(self.model)
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-025
+# %% ../../nbs/training/03_objective.ipynb #cell-027
 MODES = ("decoupled", "frozen_encoder", "end_to_end")
 
 
@@ -341,7 +341,7 @@ def _objective(
     return Objective(model, loss, recon, share, groups, frozen, average)
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-026
+# %% ../../nbs/training/03_objective.ipynb #cell-028
 def train(
     data: Data,  # has no way to the test split
     encoder: EncoderConfig,
