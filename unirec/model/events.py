@@ -195,7 +195,13 @@ def first_fit(
     lengths: np.ndarray,  # (W,) of the windows, at least 1
     capacity: int,  # places of a row, at least the largest length
 ) -> tuple[np.ndarray, np.ndarray]:  # (W,) row and (W,) first place of each window
-    "Pack windows into rows, the longest first, each into the first row that has room."
+    """Pack windows into rows, the longest first, each into the first row that has room.
+
+    Raises ValueError for a length outside 1 to the capacity."""
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(
+            f"lengths {lengths.min()} to {lengths.max()}: expected 1 to {capacity}, the capacity"
+        )
     row, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     room = np.zeros(0, np.int64)  # free places of each row
     for length in np.unique(lengths)[::-1]:

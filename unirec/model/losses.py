@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..core.device import native_bf16
 
@@ -80,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, items, gain, target, left_out, log_q, weight, dtype):
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wanted = any(ctx.needs_input_grad[:3])
         m, n, columns = len(query), len(items), -(-len(items) // 16) * 16
         rows = _rows_at_a_time(query.device, columns, m)
         queries = query.detach().to(dtype)
@@ -100,13 +101,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             own = (query.detach()[part].float() * items.detach()[goal[:, 0]].float()).sum(1, keepdim=True)
             if gain is not None:
                 own = own + gain.detach()[part, None]
+            own = own.to(dtype)
             if left_out is not None:
                 scores.scatter_(1, left_out[part], -torch.inf)
-            scores.scatter_(1, goal, own.to(dtype))
+            scores.scatter_(1, goal, own)
             largest = scores.amax(1, keepdim=True).float()
             torch.softmax(scores, 1, out=scores)
             # the largest share is exp(0) over the sum
-            losses.append((largest - scores.amax(1, keepdim=True).float().log() - own)[:, 0])
+            losses.append((largest - scores.amax(1, keepdim=True).float().log() - own.float())[:, 0])
             if not wanted:
                 continue
             scores.scatter_add_(1, goal, -torch.ones_like(goal, dtype=dtype))
@@ -125,6 +127,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (losses if weight is None else losses * weight).sum() / total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *outer):
         of_queries, of_items, of_gain = (g * outer[0] for g in ctx.gradients)
         query, items = (g.to(t) for g, t in zip((of_queries, of_items), ctx.types, strict=True))
@@ -138,17 +141,20 @@ def catalogue_cross_entropy(
     # (M, S) long: rows of candidates that do not compete for this query, in any order and number; the target
     # competes even where it is among them, so it fills the list up
     left_out: Tensor | None = None,
-    log_q: Tensor
-    | None = None,  # (N,) log of the chance that a candidate is in the list; None: all are there
+    # (N,) log of the chance that a candidate is in the list; None: all are there
+    log_q: Tensor | None = None,
     gain: Tensor | None = None,  # (M,) added to the target's score
     weight: Tensor | None = None,  # (M,) of each query in the mean; None: all count the same
     dtype: torch.dtype | None = None,  # of the products; None: bfloat16 where it is native, else float32
 ) -> Tensor:  # scalar, nats
     """Cross-entropy of the target among all items, without a matrix of the scores.
 
-    `info_nce(query, items, target, 1)` is the plain form; no gradient of a gradient is offered."""
+    `info_nce(query, items, target, 1)` is the plain form. `query`, `items` and `gain` get gradients, which
+    have no gradient of their own. Raises ValueError where there are not as many lists as queries."""
     if not len(target):
         return (query.sum() + items.sum()).float() * 0
+    if left_out is not None and len(left_out) != len(query):
+        raise ValueError(f"left_out has {len(left_out)} rows: expected one for each of {len(query)} queries")
     dtype = dtype or (torch.bfloat16 if native_bf16() else torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(query, items, gain, target, left_out, log_q, weight, dtype)
