@@ -6,15 +6,12 @@
 __all__ = [
     "SOURCES",
     "ItemTable",
-    "SequenceModel",
-    "CausalBlock",
     "SASRec",
     "SequenceScorer",
     "window_batches",
     "next_item_cross_entropy",
     "SASRecConfig",
     "sasrec",
-    "GRU4Rec",
     "GRU4RecConfig",
     "gru4rec",
 ]
@@ -231,7 +228,7 @@ class SequenceScorer:
         inputs[rows, places], of[rows, places] = histories.items[events[real]], window + 1
         device = next(self.model.parameters()).device
         tables = [torch.as_tensor(table, device=device) for table in (inputs, of)]
-        states = self.model(*tables[: 1 + self.model.packed])
+        states = self.model(*tables[: 2 if self.model.packed else 1])
         last = states[torch.as_tensor(rows[ends]), torch.as_tensor(places[ends])]
         if self.candidates is None:
             items = self.model.candidates()

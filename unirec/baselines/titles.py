@@ -26,7 +26,6 @@ __all__ = [
 # %% ../../nbs/baselines/04_titles.ipynb #cell-003
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -36,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.files import locate
+from ..core.files import atomic_path, locate
 from ..data.histories import Histories, windows
 from ..evaluation.metrics import full_ranks, summarise
 from ..model.llm import LLMConfig, adapted, cache_folder, load_llm
@@ -119,9 +118,8 @@ def title_tokens(
         whole = {"tokens": tokens[:n], "offsets": offsets, "line": tokens[n:], "cut": [cut]}
         arrays = {k: torch.tensor(np.asarray(v, np.int64)) for k, v in whole.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")  # another process may write the same
-        save_file({"words": word_rows(uri, used), **arrays}, temporary)
-        temporary.replace(path)
+        with atomic_path(path) as temporary:  # another process may write the same
+            save_file({"words": word_rows(uri, used), **arrays}, temporary)
     t = load_file(path)
     return Titles(t["words"], *(t[k].numpy() for k in ("tokens", "offsets", "line")), cut=int(t["cut"]))
 

@@ -6,7 +6,6 @@
 __all__ = [
     "FUSIONS",
     "masked_mean",
-    "Pooled",
     "MeanFusion",
     "MLPFusion",
     "CLIPFusion",

@@ -10,7 +10,6 @@ __all__ = [
     "FORM",
     "LLMConfig",
     "cache_folder",
-    "convert_llm",
     "load_llm",
     "lora_modules",
     "adapted",

@@ -6,12 +6,10 @@
 __all__ = [
     "MODELS",
     "soft_tokens",
-    "packed_layout",
     "pack",
     "branch_ends",
     "PackedLLM",
     "one_by_one",
-    "Checkpointed",
     "map_tensors",
     "Scorer",
     "UniRec",
