@@ -100,9 +100,13 @@ def windows(
 ) -> np.ndarray:  # (W, length + 1) int64 event index, -1 = padding at the right
     """Cut every user's events into windows of which `w[:, :-1]` are inputs and `w[:, 1:]` are targets.
 
-    Every event but a user's first one is a target exactly once.
+    Every event but a user's first one is a target exactly once. Raises ValueError when there is no target.
     """
     targets = np.maximum(h.lengths - 1, 0)  # (U,)
+    if not targets.any():
+        raise ValueError(
+            "no user has two train events: nothing to learn from; raise k_core_users to 4 or more"
+        )
     shift = np.zeros(len(h), np.int64) if rng is None else rng.integers(0, length, len(h))
     short = (targets + shift) % length  # targets in the first window, where it is a short one
     full = (targets - np.minimum(short, targets) + length - 1) // length

@@ -76,7 +76,8 @@ class Attribute:
             raise ValueError("an attribute needs a name that is not empty")
         if not isinstance(self.type, str) or self.type not in TYPES:
             raise ValueError(
-                f"attribute {self.name!r}: type {self.type!r} is unknown, use one of {sorted(TYPES)}"
+                f"attribute {self.name!r}: type {self.type!r} is unknown, use one of {sorted(TYPES)};"
+                " a type of your own has to be registered, see CONTRIBUTING.md"
             )
         if not self.source:
             raise ValueError(f"attribute {self.name!r}: needs a source, the raw field that it is read from")

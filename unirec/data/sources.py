@@ -226,6 +226,18 @@ def pack_images(
     return len(paths)
 
 
+def locate_source(spec: SetSpec, extra_root: str | None) -> Path:
+    "The folder that a set's `source` names; raises FileNotFoundError that says what to do."
+    try:
+        return locate(spec.source, extra_root)
+    except FileNotFoundError:
+        if spec.source.startswith(("pip:", "extra:")):
+            raise
+        raise FileNotFoundError(
+            f"source of sets/{spec.name}.yaml: there is no folder {spec.source}"
+        ) from None
+
+
 def copy_files(spec: SetSpec, source: Path, folder: Path) -> None:
     """Copy the raw files of a set, its loose pictures as images.zip.
 
@@ -291,10 +303,11 @@ def download(
     elif kind == "get":
         fetch_release(name, part, pictures=pictures)
     else:
-        copy_files(spec, locate(spec.source, extra_root), part)
+        copy_files(spec, locate_source(spec, extra_root), part)
     counts = {}
     if spec.format == "yelp" and spec.schema.of("image"):
-        counts = copy_photos(downloads() / name if kind == "get" else locate(spec.source, extra_root), part)
+        photos = downloads() / name if kind == "get" else locate_source(spec, extra_root)
+        counts = copy_photos(photos, part)
     elif pictures and kind != "get" and not (part / "images.zip").exists():
         counts = fetch_main_pictures(part, downloads() / spec.name, pictures)
     if counts:
