@@ -9,6 +9,7 @@ import pytest
 from unirec.data.prepare import prepare
 from unirec.data.schema import SetSpec
 from unirec.encoders.catalogue import load, load_test
+from unirec.encoders.modalities import register_encoder, unregister_encoder
 from unirec.evaluation.breakdowns import by_group, target_groups
 from unirec.pipeline.evaluate import evaluate
 from unirec.pipeline.stages import embed, finetune, pretrain, toy_params
@@ -20,6 +21,8 @@ BRAND = {"type": "category", "source": "brand"}
 PRICE = {"type": "number", "source": "price"}
 GAPS = {"type": "text", "source": "gaps"}
 EMPTY = {"type": "text", "source": "empty"}
+PHOTO = {"type": "image", "source": "photo"}
+CLIP = {"type": "clip", "source": "clip"}
 
 
 def shop(root, schema):
@@ -35,6 +38,8 @@ def shop(root, schema):
             "price": [1.5 + i for i in numbers],
             "gaps": [None if i % 3 == 0 else f"Soap {i}" for i in numbers],
             "empty": [None] * ITEMS,
+            "photo": [f"images/{i}.png" for i in numbers],
+            "clip": [f"clips/{i}.wav" for i in numbers],
         }
     ).to_csv(raw / "items.csv", index=False)
     pd.DataFrame(
@@ -121,3 +126,39 @@ def test_a_catalogue_in_which_nothing_is_lacking_runs_to_the_page(tmp_path):
 def test_a_catalogue_in_which_everything_is_lacking_stops_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"shop: no item has a value of any attribute \(title\)"):
         embedded(tmp_path, {"title": EMPTY})
+
+
+def count_bytes(contents):
+    "A made-up encoder of files: (n, 1)."
+    return np.array([[len(content)] for content in contents], np.float32)
+
+
+def test_files_of_which_none_is_read_stop_the_stage(tmp_path):
+    register_encoder("clip", "sound", lambda encode: count_bytes, files=True)
+    try:
+        with pytest.raises(ValueError, match=r"shop: attribute 'clip' names 24 files .*`images/`"):
+            embedded(tmp_path, {"title": TITLE, "clip": CLIP})
+        (tmp_path / "read").mkdir()
+        spec, params = shop(tmp_path / "read", {"clip": CLIP})
+        folder = tmp_path / "read" / "raw" / "clips"
+        folder.mkdir()
+        for i in range(ITEMS):
+            (folder / f"{i}.wav").write_bytes(b"sound")
+        embed(tmp_path / "read/prepared", folder.parent, spec, params["encode"], tmp_path / "read/embeddings")
+    finally:
+        unregister_encoder("clip")
+
+
+@pytest.mark.parametrize(
+    "schema", [{"title": TITLE, "photo": PHOTO}, {"photo": PHOTO}], ids=["title", "none"]
+)
+def test_pictures_that_were_not_brought_are_reported(tmp_path, capsys, schema):
+    spec, params = shop(tmp_path, schema)
+    folders = tmp_path / "prepared", tmp_path / "raw"
+    if "title" in schema:
+        embed(*folders, spec, params["encode"], tmp_path / "embeddings")
+        assert "warning: shop: attribute 'photo' names 24 files" in capsys.readouterr().out
+        (tmp_path / "raw" / "images").mkdir()
+        (tmp_path / "raw" / "images" / "other.png").write_bytes(b"of another item")
+    with pytest.raises(ValueError, match="shop: attribute 'photo' names 24 files"):
+        embed(*folders, spec, params["encode"], tmp_path / "embeddings")

@@ -19,7 +19,7 @@ from ..data.prepare import prepare
 from ..data.schema import Schema, SetSpec
 from ..data.sources import download
 from ..encoders.catalogue import Data, load
-from ..encoders.modalities import encoders_of
+from ..encoders.modalities import ENCODER_OF, MODALITIES, Files, encoders_of
 from ..encoders.store import build_store
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
@@ -39,6 +39,33 @@ def towers(
     return encoders_of(schema, encode)
 
 
+def _check_files(items: pd.DataFrame, raw: Path | None, spec: SetSpec, manifest: Mapping) -> None:
+    """Raise ValueError where an attribute names files and none of them was read.
+
+    Prints a warning instead where no picture was brought at all and other attributes have values.
+    """
+    if raw is None:  # the store is made without files on purpose
+        return
+    left_out = {"image": manifest["pictures_left_out"], **manifest.get("files_left_out", {})}
+    # where every download failed, images.zip is there and empty
+    without_pictures = not Files(raw).inside and not any((raw / "images").glob("*"))
+    for a in spec.schema:
+        table = ENCODER_OF.get(a.type)
+        if table is None or not MODALITIES[table].files:
+            continue
+        paths = items[a.name].dropna().unique()
+        if not len(paths) or any(path not in left_out.get(table, {}) for path in paths):
+            continue
+        message = (
+            f"{spec.name}: attribute {a.name!r} names {len(paths)} files and none of them was read, the first"
+            f" is {paths[0]!r}; files are expected below `images/` of the data set's source, and named"
+            " relative to that source (`images/<file>`)"
+        )
+        if not (a.type == "image" and without_pictures and any(manifest["values"].values())):
+            raise ValueError(message)
+        print(f"warning: {message}")
+
+
 def embed(
     prepared: Path,  # folder of the prepared tables
     raw: Path,  # folder of the raw files, which hold the pictures
@@ -46,7 +73,10 @@ def embed(
     encode: Mapping,  # params.yaml's `encode`
     out: Path,  # folder of the vectors
 ) -> dict:  # the store's manifest
-    "Encode a data set, without reviews of test events; raises ValueError where no item has any value."
+    """Encode a data set, without reviews of test events.
+
+    Raises ValueError where no item has any value, or none of an attribute's files was read.
+    """
     items = pd.read_parquet(prepared / "items.parquet")
     train_events = pd.read_parquet(prepared / "train.parquet")
     valid_events = pd.read_parquet(prepared / "valid.parquet")
@@ -60,6 +90,7 @@ def embed(
         cache = out.parent / encode["cache"] / out.name
     encoders = towers(encode, spec.schema)
     manifest = build_store(items, in_train, spec.schema, reviews, encoders, raw, out, cache, process_group())
+    _check_files(items, raw, spec, manifest)
     if not any(manifest["values"].values()):
         raise ValueError(
             f"{spec.name}: no item has a value of any attribute ({', '.join(spec.schema.names)}), so a model"
