@@ -30,7 +30,8 @@ CANDIDATES = ("head", "mean")
 # %% ../../nbs/model/06_hierarchy.ipynb #cell-007
 @dataclass
 class EncoderConfig:
-    "Shape of both levels; every field stands in params.yaml under `model`."
+    """Shape of both levels; every field but `use_id`, which the model's name sets, stands in params.yaml
+    under `model`."""
 
     width: int = 128  # of triplets, item tokens and user tokens
     out: int = 128  # of query and candidate embeddings
