@@ -18,6 +18,7 @@ __all__ = [
 
 # %% ../../nbs/model/08_losses.ipynb #cell-003
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -156,7 +157,8 @@ def catalogue_cross_entropy(
     if left_out is not None and len(left_out) != len(query):
         raise ValueError(f"left_out has {len(left_out)} rows: expected one for each of {len(query)} queries")
     dtype = dtype or (torch.bfloat16 if native_bf16() else torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    kind = query.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         return _ChunkedCrossEntropy.apply(query, items, gain, target, left_out, log_q, weight, dtype)
 
 
