@@ -77,6 +77,7 @@ def _rows_at_a_time(device: torch.device, columns: int, rows: int) -> int:
     return -(-rows // chunks)  # of equal size, as far as that goes
 
 
+# %% ../../nbs/model/08_losses.ipynb #cell-020
 class _ChunkedCrossEntropy(torch.autograd.Function):
     "The gradients are made in the forward pass, a chunk of rows at a time."
 
@@ -135,6 +136,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return query, items, of_gain if ctx.needs_input_grad[2] else None, None, None, None, None, None
 
 
+# %% ../../nbs/model/08_losses.ipynb #cell-021
 def catalogue_cross_entropy(
     query: Tensor,  # (M, D), already divided by the temperature
     items: Tensor,  # (N, D) candidates
@@ -162,7 +164,7 @@ def catalogue_cross_entropy(
         return _ChunkedCrossEntropy.apply(query, items, gain, target, left_out, log_q, weight, dtype)
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-027
+# %% ../../nbs/model/08_losses.ipynb #cell-029
 def sample_catalogue(
     targets: Tensor,  # (M,) long item index
     n_items: int,
@@ -189,7 +191,7 @@ def sample_catalogue(
     return torch.cat([own, extra]), row, log_q
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-032
+# %% ../../nbs/model/08_losses.ipynb #cell-034
 def in_batch(
     targets: Tensor,  # (M,) long item index
     # (N,) float, share of each item among the train targets; above 0 for every target
@@ -200,7 +202,7 @@ def in_batch(
     return items, row, torch.log(-torch.expm1(len(targets) * torch.log1p(-share[items])))
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-043
+# %% ../../nbs/model/08_losses.ipynb #cell-045
 def near_duplicates(
     vectors: Tensor,  # (N, D) one vector an item; all zero = nothing is known
     threshold: float,  # cosine from which two items are the same, in (0, 1]
@@ -223,7 +225,7 @@ def near_duplicates(
     return torch.as_tensor(group, dtype=torch.long, device=vectors.device)
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-048
+# %% ../../nbs/model/08_losses.ipynb #cell-050
 def false_negatives(
     groups: Tensor,  # (N,) long, group of every item
     target_items: Tensor,  # (M,) long
@@ -235,7 +237,7 @@ def false_negatives(
     )
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-051
+# %% ../../nbs/model/08_losses.ipynb #cell-053
 POSITIVES = ("views", "next", "co")  # what is a positive pair in stage 1
 
 
@@ -265,7 +267,7 @@ def item_pairs(
     return items[both], items.gather(1, other)[both]
 
 
-# %% ../../nbs/model/08_losses.ipynb #cell-054
+# %% ../../nbs/model/08_losses.ipynb #cell-056
 def two_views(
     # (N, D) embeddings of one side of N pairs (two views of an item, or two items of a history), length 1
     a: Tensor,
