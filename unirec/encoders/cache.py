@@ -79,6 +79,7 @@ def _prefix(names: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(names).view("<u8").reshape(-1, 4)[:, 0]
 
 
+# %% ../../nbs/encoders/03_cache.ipynb #cell-017
 class Parts:
     "The parts of one encoder's cache, and the row of each value in them."
 
@@ -151,7 +152,7 @@ class Parts:
         return bool(self.find(np.array([name], "S32"))[0] >= 0)
 
 
-# %% ../../nbs/encoders/03_cache.ipynb #cell-018
+# %% ../../nbs/encoders/03_cache.ipynb #cell-019
 class VectorCache(Parts):
     "Vectors of one encoder, by the content of the value."
 
@@ -197,7 +198,7 @@ class VectorCache(Parts):
         self.refresh()
 
 
-# %% ../../nbs/encoders/03_cache.ipynb #cell-025
+# %% ../../nbs/encoders/03_cache.ipynb #cell-026
 def merge_parts(
     cache: VectorCache,  # whose lock is held
     most: int = 64,  # small parts that are left alone
@@ -217,7 +218,7 @@ def merge_parts(
     return len(few)
 
 
-# %% ../../nbs/encoders/03_cache.ipynb #cell-028
+# %% ../../nbs/encoders/03_cache.ipynb #cell-029
 def remove_leftovers(
     folder: Path,  # of one encoder
 ) -> list[Path]:
@@ -228,7 +229,7 @@ def remove_leftovers(
     return left
 
 
-# %% ../../nbs/encoders/03_cache.ipynb #cell-031
+# %% ../../nbs/encoders/03_cache.ipynb #cell-032
 class Cached:
     "An encoder that computes only the values that the cache lacks."
 

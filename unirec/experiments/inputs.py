@@ -274,6 +274,7 @@ def _selected(data: Data, words: list[str]) -> Tensor:  # (attributes + 1,) bool
     return torch.tensor([a.name in words or a.type in words for a in data.spec.schema] + [False])
 
 
+# %% ../../nbs/experiments/02_inputs.ipynb #cell-019
 def _renamed(
     data: Data, names: Mapping[str, str], types: Mapping[str, str | None], encode: Callable
 ) -> Catalogue:
@@ -313,7 +314,7 @@ def changed_items(
     return replace(catalogue, mask=mask)
 
 
-# %% ../../nbs/experiments/02_inputs.ipynb #cell-021
+# %% ../../nbs/experiments/02_inputs.ipynb #cell-022
 def move_to(
     net: UniRec,  # a trained model; it is changed
     catalogue: Catalogue,  # of another data set
@@ -327,7 +328,7 @@ def move_to(
     net.items.update_centre(net.catalogue)
 
 
-# %% ../../nbs/experiments/02_inputs.ipynb #cell-023
+# %% ../../nbs/experiments/02_inputs.ipynb #cell-024
 def rank_table(
     trained: Trained,  # of `train_baseline` or `train_variant`
     inputs: Inputs,  # that it is tested on

@@ -97,6 +97,7 @@ def read_runs(
     return rows.astype({"seed": int})
 
 
+# %% ../../nbs/experiments/04_record.ipynb #cell-009
 def read_ranks(
     root: Path,  # of the project
     study: Study,  # of `read_study`
@@ -120,7 +121,7 @@ def read_ranks(
     return ranks.astype({"run": str})
 
 
-# %% ../../nbs/experiments/04_record.ipynb #cell-011
+# %% ../../nbs/experiments/04_record.ipynb #cell-012
 def _replace_rows(path: Path, part: pd.DataFrame, run: str) -> None:
     "Put a run's rows into a table of many."
     if path.exists():
@@ -139,7 +140,7 @@ def _replace_ranks(path: Path, ranks: pd.DataFrame) -> None:
         ranks.to_parquet(temporary, index=False, compression="zstd")
 
 
-# %% ../../nbs/experiments/04_record.ipynb #cell-012
+# %% ../../nbs/experiments/04_record.ipynb #cell-013
 def record_run(
     root: Path,  # of the project
     study: Study,  # of `read_study`
@@ -165,6 +166,7 @@ def record_run(
         _replace_rows(path, pd.DataFrame([row]), row["run"])
 
 
+# %% ../../nbs/experiments/04_record.ipynb #cell-014
 def drop_runs(
     root: Path,  # of the project
     study: Study,  # of `read_study`
@@ -202,7 +204,7 @@ def shared_run(
     return None
 
 
-# %% ../../nbs/experiments/04_record.ipynb #cell-015
+# %% ../../nbs/experiments/04_record.ipynb #cell-017
 @dataclass
 class Record:
     "The runs of a study that are recorded."
@@ -227,7 +229,7 @@ def _user_mean(ranks: pd.DataFrame) -> pd.Series:
     return (1 / ranks.full).groupby([ranks.run, ranks.user]).mean().groupby("run").mean()
 
 
-# %% ../../nbs/experiments/04_record.ipynb #cell-016
+# %% ../../nbs/experiments/04_record.ipynb #cell-018
 def load_record(
     root: Path,  # of the project
     study: Study,  # of `read_study`
@@ -266,7 +268,7 @@ def load_record(
     return Record(study, mine, ranks, len(wanted), int(mine.stale.sum()), len(rows) - len(mine))
 
 
-# %% ../../nbs/experiments/04_record.ipynb #cell-017
+# %% ../../nbs/experiments/04_record.ipynb #cell-019
 def _check_ranks(path: Path, rows: pd.DataFrame, ranks: pd.DataFrame) -> None:
     "Is the MRR of each row that of its ranks?"
     recomputed = rows.run.map(_user_mean(ranks))
@@ -280,7 +282,7 @@ def _check_ranks(path: Path, rows: pd.DataFrame, ranks: pd.DataFrame) -> None:
         )
 
 
-# %% ../../nbs/experiments/04_record.ipynb #cell-021
+# %% ../../nbs/experiments/04_record.ipynb #cell-023
 def seconds_left(
     study: Study,  # of `read_study`
     rows: pd.DataFrame,  # recorded trials with the present settings: dataset, variant, seconds
@@ -307,7 +309,7 @@ def is_settled(
     return row["stopped"] != "budget" or row["allowed"] + 1 >= left
 
 
-# %% ../../nbs/experiments/04_record.ipynb #cell-024
+# %% ../../nbs/experiments/04_record.ipynb #cell-026
 def best_trials(
     study: Study,  # of `read_study`
     rows: pd.DataFrame,  # recorded trials: dataset, variant, valid_mrr

@@ -66,6 +66,7 @@ def _check_files(items: pd.DataFrame, raw: Path | None, spec: SetSpec, manifest:
         print(f"warning: {message}")
 
 
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-011
 def embed(
     prepared: Path,  # folder of the prepared tables
     raw: Path,  # folder of the raw files, which hold the pictures
@@ -100,7 +101,7 @@ def embed(
     return manifest
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-013
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-014
 def pretrain(
     data: Data,
     params: Mapping,  # model, pretrain and seed of params.yaml
@@ -126,7 +127,7 @@ def pretrain(
     return logs
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-017
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-018
 def finetune(
     data: Data,
     params: Mapping,  # model, llm, finetune and seed of params.yaml
@@ -166,7 +167,7 @@ def finetune(
     return logs
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-021
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-022
 _TOY = """
 seed: 0
 sets:
@@ -221,7 +222,7 @@ baselines:
 evaluate: {negatives: 20, examples: 3}
 """
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-022
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-023
 _TOY_STAGES = ("download", "prepare", "embed", "pretrain", "finetune", "evaluate")
 
 
@@ -264,7 +265,7 @@ def _run_stage(stage: str, root: Path, spec: SetSpec, params: dict) -> None:
         evaluate(loaded(), prepared, models, raw, params, results, predictions)
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-025
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-026
 WORDS = (
     "soft clear strong light gentle bright cream bottle brush mirror set colour daily natural classic small"
 ).split()
@@ -305,7 +306,7 @@ def write_four_items(
     return SetSpec.from_params("four", _four_items_block(folder, schema))
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-026
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-027
 def _four_items_block(folder: Path, schema: Mapping) -> dict:
     "The block of `sets` that reads the tables of `write_four_items`."
     attributes = {}
