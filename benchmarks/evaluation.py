@@ -75,9 +75,9 @@ def one_at_a_time_full(
     found, had = [], torch.as_tensor(h.items)
     for u in range(len(queries)):
         scores = vectors @ queries[u]
-        own = scores[targets[u]].clone()
-        scores[had[h.offsets[u] : h.offsets[u + 1]]] = -torch.inf
-        scores[targets[u]] = own
+        mine = had[h.offsets[u] : h.offsets[u + 1]]
+        if targets[u] not in mine:  # where the user takes an item again, nothing is left out
+            scores[mine] = -torch.inf
         order = torch.argsort(scores, descending=True)
         found.append((order == targets[u]).nonzero().item() + 1)
     return found

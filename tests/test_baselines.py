@@ -9,7 +9,7 @@ from unirec.baselines.bpr import BPRConfig, bpr
 from unirec.baselines.classic import itemknn, markov, mean_vectors, popularity
 from unirec.baselines.sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
 from unirec.data.histories import Histories
-from unirec.evaluation.metrics import full_ranks, summarise
+from unirec.evaluation.metrics import full_ranks, summarise, validation_figures
 from unirec.training.loop import FitConfig
 
 N_USERS, N_GROUPS, SIZE, LENGTH = 120, 5, 12, 12
@@ -112,7 +112,7 @@ def test_a_counted_baseline_beats_popularity(world, name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_best_epoch_is_kept(world, trained, name):
     scorer = trained[name]
-    found = summarise(full_ranks(scorer, world["train"], world["valid"]))["mrr"]
+    found = validation_figures(scorer, world["train"], world["valid"])["mrr"]
     assert found == pytest.approx(max(row["mrr"] for row in scorer.log), abs=1e-6)
     assert not scorer.model.training
 

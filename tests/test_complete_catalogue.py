@@ -90,7 +90,7 @@ def test_targets_are_grouped_by_what_some_items_lack_and_some_have(tmp_path, sch
     data, _ = embedded(tmp_path, schema)
     histories, targets, _, _ = load_test(tmp_path / "prepared", data)
     groups = target_groups(data.train, histories, targets, data.catalogue)
-    assert list(groups) == ["target", "popularity", "history", "repeat", *lacking]
+    assert list(groups) == ["target", "popularity", "history", *lacking]
     assert len(groups) == USERS and not groups.isna().any(axis=None)
     for column in lacking:
         assert groups[column].tolist() == (targets % 3 == 0).tolist()
@@ -113,7 +113,7 @@ def test_a_catalogue_in_which_nothing_is_lacking_runs_to_the_page(tmp_path):
         predictions / "shop",
     )
     found = pd.read_csv(results / "shop" / "breakdowns.csv")
-    assert set(found.group) == {"target", "popularity", "history", "repeat"}
+    assert set(found.group) == {"target", "popularity", "history"}
     # one modality alone: there is no other one that an item's text could find
     assert pd.read_csv(results / "shop" / "retrieval.csv").empty
     (results / "shop" / "run_evaluate.json").write_text(json.dumps({"stage": "evaluate", "seconds": 1.0}))

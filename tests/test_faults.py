@@ -29,7 +29,7 @@ from unirec.encoders.catalogue import load, load_catalogue, toy_catalogue
 from unirec.encoders.image_towers import read_picture
 from unirec.encoders.modalities import TABLES, fourier
 from unirec.encoders.store import build_store
-from unirec.evaluation.metrics import candidate_ranks, full_ranks, summarise
+from unirec.evaluation.metrics import candidate_ranks, validation_figures
 from unirec.model import recommender
 from unirec.model.events import Events, last_batches, training_batches
 from unirec.model.hierarchy import EncoderConfig
@@ -329,7 +329,7 @@ def test_fault_03_the_best_epoch_is_the_best_on_valid(toy_project, stage):
             folder / f"{name}.safetensors"
         )
         assert max(row["mrr"] for row in log) == pytest.approx(
-            summarise(full_ranks(net.scorer(), data.train, data.valid_targets))["mrr"], abs=1e-6
+            validation_figures(net.scorer(), data.train, data.valid_targets)["mrr"], abs=1e-6
         )
         assert [row["mrr"] for row in log if row["best"]] == [max(row["mrr"] for row in log)]
 

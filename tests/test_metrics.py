@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import evaluation, side_by_side
+from unirec.baselines.classic import markov
 from unirec.data.histories import Histories
 from unirec.data.schema import SetSpec
 from unirec.data.splits import in_order, last_k, leave_one_out
@@ -35,11 +36,14 @@ from unirec.evaluation.breakdowns import (
 from unirec.evaluation.metrics import (
     candidate_ranks,
     full_ranks,
+    history_mask,
     last_ranks,
     random_mrr,
     ranks,
     shuffled_ranks,
     summarise,
+    target_kinds,
+    validation_figures,
 )
 from unirec.evaluation.significance import bootstrap, compare_models, holm, paired, seeds_and_users
 from unirec.pipeline import evaluate
@@ -74,7 +78,9 @@ def test_ranks_are_those_of_a_plain_loop(seed):
     h, targets, scores = world(seed)
     slow = []
     for u, target in enumerate(targets.tolist()):
-        rivals = set(range(h.n_items)) - set(h.items[h.offsets[u] : h.offsets[u + 1]].tolist()) - {target}
+        had = set(h.items[h.offsets[u] : h.offsets[u + 1]].tolist())
+        left_out = set() if target in had else had
+        rivals = set(range(h.n_items)) - left_out - {target}
         slow.append(
             1
             + sum(scores[u, i] > scores[u, target] for i in rivals)
@@ -82,6 +88,84 @@ def test_ranks_are_those_of_a_plain_loop(seed):
         )
     found = full_ranks(lambda h, users: torch.from_numpy(scores[users]), h, targets, batch=1 + seed % 50)
     assert found.tolist() == slow
+
+
+def kinds_by_loop(train: Histories, h: Histories, targets: np.ndarray) -> list[str]:
+    "The kind of every target, from plain sets."
+    known, out = set(train.items.tolist()), []
+    for u, target in enumerate(targets.tolist()):
+        had = h.items[h.offsets[u] : h.offsets[u + 1]].tolist()
+        out.append("repeated" if target in had else "new" if target in known else "cold")
+    return out
+
+
+@given(st.integers(0, 10_000))
+def test_kinds_of_targets_are_those_of_a_plain_loop(seed):
+    h, targets, _ = world(seed, most=6)
+    train = h.first(3)
+    in_train = np.bincount(train.items, minlength=h.n_items) > 0
+    assert target_kinds(h, targets, in_train).tolist() == kinds_by_loop(train, h, targets)
+    assert target_kinds(h, targets).tolist() == kinds_by_loop(h, h, targets)
+    assert (
+        target_kinds(h, targets[5:9], in_train, np.arange(5, 9)).tolist()
+        == kinds_by_loop(train, h, targets)[5:9]
+    )
+
+
+@given(st.integers(0, 10_000))
+def test_a_large_constant_on_seen_items_gains_nothing(seed):
+    """New targets keep their ranks to the last bit; a repeated one is ranked among all that its user has had.
+
+    The mask of seen items would otherwise tell which of them is the target.
+    """
+    h, targets, scores = world(seed)
+    kinds, mask = target_kinds(h, targets), history_mask(h, np.arange(len(h)))
+
+    def boosted(h, users):
+        return scores[users] + 1000 * history_mask(h, users)
+
+    plain, found = full_ranks(lambda h, u: scores[u], h, targets), full_ranks(boosted, h, targets)
+    assert np.array_equal(found[kinds != "repeated"], plain[kinds != "repeated"])
+    for u in np.flatnonzero(kinds == "repeated"):
+        among = scores[u, mask[u]] - scores[u, targets[u]]  # all that the user has had, the target too
+        assert found[u] == 1 + (among > 0).sum() + ((among == 0).sum() - 1) / 2
+
+
+def marketplace_with_cold_items() -> tuple[Histories, Histories, np.ndarray]:
+    "Train, histories and test targets of users who walk along a circle; train lacks the last four items."
+    rng, users, known = np.random.default_rng(0), 400, 60
+    starts = rng.integers(known, size=users)
+    walks = [(start + np.arange(8)) % known for start in starts]
+    train = histories([w[:6].tolist() for w in walks], known + 4)
+    h = histories([w[:7].tolist() for w in walks], known + 4)
+    targets = np.array([w[7] if rng.random() < 0.1 else rng.integers(known) for w in walks])
+    cold = rng.random(users) < 0.4
+    targets[cold] = known + rng.integers(4, size=cold.sum())
+    return train, h, targets
+
+
+def test_never_seen_in_train_first_does_not_beat_markov_on_the_figure():
+    "The k-core over all events makes an item that train lacks a sure target; the figure pays nothing for it."
+    train, h, targets = marketplace_with_cold_items()
+    in_train = np.bincount(train.items, minlength=train.n_items) > 0
+    kinds, chain = target_kinds(h, targets, in_train), markov(train)
+
+    def cold_first(h, users):
+        return np.asarray(chain(h, users)) + 1000 * ~in_train
+
+    plain, trick = full_ranks(chain, h, targets), full_ranks(cold_first, h, targets)
+    assert (1 / trick).mean() > (1 / plain).mean()  # over all targets it wins without knowing anything
+    assert (1 / trick[kinds == "new"]).mean() < (1 / plain[kinds == "new"]).mean()
+    assert (trick[kinds == "new"] >= plain[kinds == "new"]).all()
+
+
+def test_validation_counts_new_and_warm_targets_alone():
+    h, targets, scores = world(12)
+    in_train = np.arange(h.n_items) % 3 > 0
+    new = target_kinds(h, targets, in_train) == "new"
+    found = validation_figures(lambda h, u: scores[u], h, targets, in_train)
+    expected = summarise(full_ranks(lambda h, u: scores[u], h, targets)[new])
+    assert 0 < new.sum() < len(h) and found == expected
 
 
 def test_ranks_do_not_depend_on_the_order_of_items():
@@ -273,7 +357,7 @@ def test_last_ranks_sees_what_came_before_and_nothing_else():
         assert before[u] == [items[: len(items) - m + p] for p in range(m)]
         for p in range(m):
             target, seen = items[len(items) - m + p], set(before[u][p])
-            rivals = set(range(50)) - seen - {target}
+            rivals = set(range(50)) - (set() if target in seen else seen) - {target}
             slow = (
                 1
                 + sum(scores[u, i] > scores[u, target] for i in rivals)
@@ -439,12 +523,11 @@ def test_groups_know_nothing_of_later_events_and_scores():
     train = h.first(4)
     groups = target_groups(train, h, targets)
     counts = np.bincount(train.items, minlength=h.n_items)
-    assert ((groups.target == "cold") == (counts[targets] == 0)).all() and (
-        (groups.popularity == "cold") == (groups.target == "cold")
-    ).all()
-    assert groups["repeat"].tolist() == [
-        t in h.items[a:b] for t, a, b in zip(targets, h.offsets, h.offsets[1:])
-    ]
+    assert ((groups.popularity == "cold") == (counts[targets] == 0)).all()
+    assert (groups.popularity[groups.target == "cold"] == "cold").all()
+    assert (groups.popularity[groups.target == "new"] != "cold").all()
+    repeated = [t in h.items[a:b] for t, a, b in zip(targets, h.offsets, h.offsets[1:])]
+    assert (groups.target == "repeated").tolist() == repeated
     found = by_group(full_ranks(lambda h, u: scores[u], h, targets), groups)
     assert (
         (found.groupby("group").users.sum() == 60).all()

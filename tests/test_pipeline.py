@@ -304,10 +304,14 @@ def test_results_are_whole_and_finite(clone):
     for metric in ("mrr", "hit@10", "ndcg@10"):
         for protocol in ("full", "sampled100"):
             assert set(table[(table.metric == metric) & (table.protocol == protocol)].model) == MODELS
-    assert table.value.notna().all() and table.value.between(0, 1).all()
+    assert table.value.notna().all() and table.value[table.metric != "targets"].between(0, 1).all()
+    quality = clone.json("results", DATASET, "quality.json")
+    of_one = table[(table.model == "unirec") & (table.metric == "targets")].set_index("protocol").value
+    assert of_one[["full", "repeated", "cold"]].sum() == quality["users"], "no target is dropped in silence"
+    assert of_one["full"] > 0
     ranks = pd.read_parquet(clone.folder / "predictions" / DATASET / "ranks.parquet")
-    assert (ranks.groupby("model").size() == clone.json("results", DATASET, "quality.json")["users"]).all()
-    ours = (1 / ranks[ranks.model == "unirec"].full).mean()
+    assert (ranks.groupby("model").size() == quality["users"]).all()
+    ours = (1 / ranks[(ranks.model == "unirec") & (ranks.target == "new")].full).mean()
     reported = table[
         (table.model == "unirec") & (table.metric == "mrr") & (table.protocol == "full")
     ].value.item()

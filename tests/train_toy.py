@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from unirec.data.histories import Histories
 from unirec.encoders.catalogue import toy_catalogue
-from unirec.evaluation.metrics import full_ranks, summarise
+from unirec.evaluation.metrics import validation_figures
 from unirec.model.events import Events, training_batches
 from unirec.model.hierarchy import EncoderConfig, Reconstruction
 from unirec.model.losses import info_nce
@@ -150,7 +150,7 @@ def train(
     whole = build(dropout)
 
     def validate(m):
-        return summarise(full_ranks(m["model"].scorer(), h, targets))
+        return validation_figures(m["model"].scorer(), h, targets)
 
     log = training.fit(
         whole,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.histories import Histories
-from ..evaluation.metrics import full_ranks, summarise
+from ..evaluation.metrics import validation_figures
 from ..training.loop import FitConfig, fit
 
 
@@ -170,7 +170,7 @@ def bpr(
     batches = triple_batches(train, config.batch, config.steps, fit_config.seed)
 
     def validate(trained):
-        return summarise(full_ranks(scorer, train, targets))
+        return validation_figures(scorer, train, targets)
 
     scorer.log = fit(
         scorer.model,

@@ -30,7 +30,7 @@ from .official_code import ReleasedConfig, released
 from .sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
 from .titles import TextLLMConfig, text_llm
 from ..encoders.catalogue import Catalogue, Data, item_vectors
-from ..evaluation.metrics import full_ranks, summarise
+from ..evaluation.metrics import validation_figures
 from ..model.recommender import MODELS, UniRec
 from ..training.loop import FitConfig
 
@@ -206,7 +206,7 @@ class Trained:
     "A model after training, and what that took."
 
     scorer: Callable  # (histories, users) -> (B, N)
-    valid_mrr: float  # over the whole catalogue
+    valid_mrr: float  # over the whole catalogue, of targets that are new to their user and known to train
     epochs: int = 0  # 0: nothing was trained step by step
     stopped: str = ""  # patience, epochs or budget
     seconds: float = 0.0
@@ -252,7 +252,7 @@ def train_baseline(
     scorer = fit_baseline(name, data, settings, seed, budget)
     seconds = time.perf_counter() - start
     log = getattr(scorer, "log", [])  # of a model that is trained in epochs
-    mrr = summarise(full_ranks(scorer, data.train, data.valid_targets))["mrr"]
+    mrr = validation_figures(scorer, data.train, data.valid_targets)["mrr"]
     parameters = scorer.model.parameters() if hasattr(scorer, "model") else ()
     size = sum(p.numel() for p in parameters if p.requires_grad)
     return Trained(scorer, mrr, len(log), log[-1]["stopped"] if log else "", seconds, size)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.histories import Histories, windows
-from ..evaluation.metrics import full_ranks, summarise
+from ..evaluation.metrics import validation_figures
 from ..model.events import pack_rows, same_window
 from ..model.losses import catalogue_cross_entropy
 from ..training.loop import FitConfig, fit
@@ -319,7 +319,7 @@ def _train_sequence(
     batches = window_batches(train, config.length, config.batch, config.steps, fit_config.seed, model.packed)
 
     def validate(trained):
-        return summarise(full_ranks(SequenceScorer(trained, config.length), train, targets))
+        return validation_figures(SequenceScorer(trained, config.length), train, targets)
 
     loss, scorer = partial(next_item_cross_entropy, seen=config.seen), SequenceScorer(model, config.length)
     scorer.log = fit(model, batches, loss, validate, fit_config, desc=desc)

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from ..core.files import atomic_path, locate
 from ..data.histories import Histories, windows
-from ..evaluation.metrics import full_ranks, summarise
+from ..evaluation.metrics import validation_figures
 from ..model.llm import LLMConfig, adapted, cache_folder, load_llm
 from ..model.losses import Temperature, info_nce
 from ..training.loop import FitConfig, fit
@@ -276,9 +276,10 @@ def fitted(
 ) -> TitleScorer:
     "Train with early stop on the full-catalogue MRR of valid users."
     scorer, (known, users) = TitleScorer(model), some_users(train, model.config.valid_users, fit_config.seed)
+    in_train = np.bincount(train.items, minlength=train.n_items) > 0
 
     def validate(trained):
-        return summarise(full_ranks(scorer, known, np.asarray(targets)[users]))
+        return validation_figures(scorer, known, np.asarray(targets)[users], in_train)
 
     groups = {"body.": {"lr": model.config.lora_lr}} if model.config.llm.adapt == "lora" else None
     first = desc == "text_llm"

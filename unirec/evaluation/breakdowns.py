@@ -8,6 +8,7 @@ __all__ = [
     "target_groups",
     "lacking",
     "by_group",
+    "breakdown",
     "by_history_length",
     "retrieval",
     "modality_retrieval",
@@ -33,7 +34,14 @@ from torch import Tensor
 from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from ..encoders.modalities import TABLES
-from .metrics import expected_ranks, full_ranks, seen_items
+from unirec.evaluation.metrics import (
+    TARGETS,
+    counted_users,
+    expected_ranks,
+    full_ranks,
+    seen_items,
+    target_kinds,
+)
 from .significance import bootstrap
 from ..model.recommender import UniRec
 
@@ -60,19 +68,16 @@ def target_groups(
     "Which groups each target and its user are in."
     users = np.arange(len(histories)) if users is None else np.asarray(users)
     targets = np.asarray(targets)
-    if len(users) != len(targets):
-        raise ValueError(f"{len(targets)} targets for {len(users)} users: one each is expected")
     counts = np.bincount(train.items, minlength=train.n_items)
     popularity = terciles(counts[targets], ("rare", "middle", "popular"), counts[counts > 0])
-    rows, items = seen_items(histories, users)
+    kinds = target_kinds(histories, targets, counts > 0, users)
     out = pd.DataFrame(
         {
-            "target": pd.Categorical(np.where(counts[targets] == 0, "cold", "warm"), ["cold", "warm"]),
+            "target": pd.Categorical(kinds, TARGETS),
             "popularity": (
                 popularity.add_categories("cold").reorder_categories(["cold", "rare", "middle", "popular"])
             ),
             "history": terciles(histories.lengths[users], ("short", "middle", "long"), histories.lengths),
-            "repeat": np.bincount(rows[items == targets[rows]], minlength=len(users)) > 0,
         }
     )
     out.loc[counts[targets] == 0, "popularity"] = "cold"
@@ -128,7 +133,21 @@ def by_group(
     return pd.DataFrame(rows)
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-021
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-016
+def breakdown(
+    ranks: np.ndarray,  # (U,) or (seeds, U) ranks from 1
+    groups: pd.DataFrame,  # (U, groups) of `target_groups`
+    draws: int = 2000,  # of the bootstrap
+) -> pd.DataFrame:  # group, label, users, share, mrr, low, high
+    "MRR of every kind of target, and of the new targets in every other group."
+    counted = (groups.target == "new").to_numpy()
+    parts = [by_group(ranks, groups[["target"]], draws)]
+    if counted.any():
+        parts.append(by_group(np.asarray(ranks)[..., counted], groups[counted].drop(columns="target"), draws))
+    return pd.concat(parts, ignore_index=True)
+
+
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-023
 def by_history_length(
     scorer: Callable,  # (histories, users) -> (B, N) scores, as `UniRec.scorer()`
     histories: Histories,  # train
@@ -138,17 +157,20 @@ def by_history_length(
     recent: Callable | None = None,
     n: int = 0,  # how many these are; buckets that begin below get no comparison
 ) -> pd.DataFrame:  # length, users, mrr, se, chance, mrr_recent, difference, difference_se
-    "MRR by length of history, and what the events before the most recent ones add to it."
+    """MRR by length of history, and what the events before the most recent ones add to it.
+
+    Of the targets that are new to their user and known to train."""
+    rows = counted_users(histories, targets)
     starts, names = np.unique([0, *edges]), []
     for low, high in zip(starts, [*starts[1:], None]):
         names.append(f"{low}+" if high is None else f"{low}-{high - 1}")
-    at = np.searchsorted(starts, histories.lengths, side="right") - 1
+    at = np.searchsorted(starts, histories.lengths[rows], side="right") - 1
     users = pd.DataFrame({"length": names, "from": starts}).iloc[at].reset_index(drop=True)
-    users["mrr"] = 1 / full_ranks(scorer, histories, targets)
-    users["chance"] = _chance(histories, np.asarray(targets))
+    users["mrr"] = 1 / full_ranks(scorer, histories, targets, users=rows)
+    users["chance"] = _chance(histories, np.asarray(targets))[rows]
     users["mrr_recent"] = np.nan
     if recent is not None:
-        mrr_recent = 1 / full_ranks(recent, histories, targets)
+        mrr_recent = 1 / full_ranks(recent, histories, targets, users=rows)
         users["mrr_recent"] = np.where(users["from"] >= n, mrr_recent, np.nan)
     users["difference"] = users.mrr - users.mrr_recent
     groups = users.groupby(["from", "length"])
@@ -166,17 +188,16 @@ def by_history_length(
     return out.reset_index().drop(columns="from")
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-022
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-024
 def _chance(h: Histories, targets: np.ndarray) -> np.ndarray:  # (U,)
-    """Expected reciprocal rank of a random order, for each user: what is not in the history competes, and
-    the target."""
+    "Expected reciprocal rank of a random order, for each user: what competes is as in `full_ranks`."
     seen = np.unique(h.users * h.n_items + h.items)  # distinct items of each user
-    target_cells = np.arange(len(h)) * h.n_items + targets
-    left = h.n_items - np.bincount(seen // h.n_items, minlength=len(h)) + np.isin(target_cells, seen)
+    repeated = np.isin(np.arange(len(h)) * h.n_items + targets, seen)
+    left = h.n_items - np.where(repeated, 0, np.bincount(seen // h.n_items, minlength=len(h)))
     return (np.cumsum(1 / np.arange(1, h.n_items + 1)) / np.arange(1, h.n_items + 1))[left - 1]
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-025
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-027
 def retrieval(
     a: np.ndarray | Tensor,  # (N, D) a row an item
     b: np.ndarray | Tensor,  # (N, D) the same items
@@ -202,7 +223,7 @@ def retrieval(
     )
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-028
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-030
 def modality_embeddings(
     model: UniRec,
     tables: Sequence[str],  # which of TABLES the encoder may read
@@ -224,7 +245,7 @@ def modality_embeddings(
     return items, torch.cat(parts) if parts else torch.zeros(0, model.config.out)
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-029
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-031
 def modality_retrieval(
     model: UniRec,  # a trained model
     ks: Sequence[int] = (1, 10),  # lengths of the list
@@ -242,7 +263,7 @@ def modality_retrieval(
     )
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-036
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-038
 def best_items(
     scores: Tensor | np.ndarray,  # (B, N) of a batch of users
     histories: Histories,  # what is known; what a user has had is not recommended
@@ -275,7 +296,7 @@ def top_lists(
     return np.concatenate([best_items(scorer(histories, users), histories, users, k) for users in parts])
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-038
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-040
 class RecordingScorer:
     """A scorer that also keeps the top items of every user that it was asked for, so that ranks and lists
     come from one pass."""
@@ -295,7 +316,7 @@ class RecordingScorer:
         return scores
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-039
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-041
 def gini(x: np.ndarray) -> float:  # (n,) counts, at least one above 0
     "Gini index: 0 = all have the same, (n - 1) / n = one has everything."
     x, n = np.sort(np.asarray(x, float)), len(x)
@@ -304,7 +325,7 @@ def gini(x: np.ndarray) -> float:  # (n,) counts, at least one above 0
     return float(((2 * np.arange(1, n + 1) - n - 1) * x).sum() / (n * x.sum()))
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-041
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-043
 def diversity(
     lists: np.ndarray,  # (U, k) items
     vectors: np.ndarray,  # (N, D) frozen vectors of the items
@@ -321,7 +342,7 @@ def diversity(
     return np.concatenate(out)
 
 
-# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-043
+# %% ../../nbs/evaluation/03_breakdowns.ipynb #cell-045
 def list_figures(
     lists: np.ndarray,  # (U, k) items
     train: Histories,  # whose counts say what is popular

@@ -22,7 +22,7 @@ from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from ..encoders.modalities import TABLES
 from .breakdowns import by_history_length
-from .metrics import full_ranks
+from .metrics import counted_users, full_ranks
 from .significance import paired_error
 from ..model.recommender import UniRec
 from ..model.triplets import FORMS, distinct_types
@@ -169,9 +169,10 @@ def modality_shares(
     c, kinds = model.catalogue, [*TABLES, "id"]
     mask = c.mask if model.items.triplets.ids is not None else c.mask & (c.attr != c.id_attr)
     kind, out = c.encoder[c.attr], []  # (N, A)
+    counted = None if targets is None else counted_users(histories, targets)
 
     def reciprocal():
-        return 1 / full_ranks(model.scorer(), histories, targets)
+        return 1 / full_ranks(model.scorer(), histories, targets, users=counted)
 
     with evaluating(model):
         before, whole = model.items.embed(model.items(c)), None if targets is None else reciprocal()

@@ -21,7 +21,7 @@ from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue, Data, item_vectors
 from ..encoders.modalities import picture_bytes
 from .breakdowns import terciles
-from .metrics import history_mask
+from .metrics import left_out
 from ..model.recommender import Scorer, UniRec
 
 # %% ../../nbs/evaluation/04_examples.ipynb #cell-006
@@ -137,9 +137,10 @@ def top_ten(
     users: np.ndarray,  # (n,) rows of the histories
     targets: np.ndarray,  # (U,) the target of every user
 ) -> tuple[np.ndarray, np.ndarray]:  # (n, k) items, (n, k) scores; k is 10 or the number of items
-    "The top of each user's list as the evaluation ranks it: without the history, but with the target."
-    hidden = torch.as_tensor(history_mask(h, users))
-    hidden[torch.arange(len(users)), torch.as_tensor(targets[users])] = False
+    """The top of each user's list as the evaluation ranks it.
+
+    Without the history, where the target is new to the user; the whole catalogue, where it is not."""
+    hidden = torch.as_tensor(left_out(h, users, targets[users]))
     scores = torch.as_tensor(scorer(h, users)).float().cpu().masked_fill(hidden, -torch.inf)
     best = scores.topk(min(10, h.n_items))
     return best.indices.numpy(), best.values.numpy()

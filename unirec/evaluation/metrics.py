@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = [
+    "TARGETS",
     "expected_ranks",
     "summarise",
     "random_mrr",
     "shuffled",
     "seen_items",
     "history_mask",
+    "left_out",
     "full_ranks",
     "shuffled_ranks",
     "candidate_ranks",
     "ranks",
+    "target_kinds",
+    "counted_users",
+    "validation_figures",
     "last_ranks",
 ]
 
@@ -157,19 +162,33 @@ def history_mask(
     return mask
 
 
+def left_out(
+    histories: Histories,  # what the users did so far
+    users: np.ndarray,  # (B,) int64 rows of `histories`
+    targets: np.ndarray,  # (B,) int64 the item to be found, one a user
+) -> np.ndarray:  # (B, N) bool, True where an item does not compete
+    "The user's history, where the target is new to the user; nothing, where it is in the history."
+    mask = history_mask(histories, users)
+    mask[mask[np.arange(len(users)), targets]] = False
+    return mask
+
+
 # %% ../../nbs/evaluation/01_metrics.ipynb #cell-043
-def _without_history(
+def _by_the_rule(
     scores: np.ndarray,  # (B, N)
     target: np.ndarray,  # (B,) int64
     rows: np.ndarray,
     items: np.ndarray,  # (K,) each: what each row's user has had
 ) -> tuple[np.ndarray, np.ndarray]:  # (B,) int64 each
-    """Items that score higher than the target, and others that score the same; the history does not compete,
-    the target always does."""
+    """Items that score higher than the target, and others that score the same.
+
+    The history does not compete; where the target is in it, everything competes."""
     of_target = scores[np.arange(len(scores)), target]
     higher, least = _count(scores, of_target[:, None])
-    rival = items != target[rows]
-    rows, theirs = rows[rival], scores[rows[rival], items[rival]]
+    repeated = np.zeros(len(scores), dtype=bool)
+    repeated[rows[items == target[rows]]] = True
+    masked = ~repeated[rows]
+    rows, theirs = rows[masked], scores[rows[masked], items[masked]]
     higher -= np.bincount(rows[theirs > of_target[rows]], minlength=len(scores))
     least -= np.bincount(rows[theirs >= of_target[rows]], minlength=len(scores))
     return higher, least - higher - 1
@@ -190,7 +209,7 @@ def _ranks_in_batches(scorer, histories, users, targets=None, candidates=None, b
             raise ValueError(f"the scorer gave {scores.shape}, wanted {wanted}")
         if targets is not None:
             _refuse_nan(scores, users[part])
-            higher, ties = _without_history(scores, targets[part], *seen_items(histories, users[part]))
+            higher, ties = _by_the_rule(scores, targets[part], *seen_items(histories, users[part]))
             parts.setdefault("full", []).append(1.0 + higher + ties / 2)
             if draw is not None:
                 parts.setdefault("full_shuffled", []).append(shuffled(higher, ties, draw[part]))
@@ -208,10 +227,12 @@ def full_ranks(
     histories: Histories,  # what is known when the target is to be found
     targets: np.ndarray,  # (U,) int64 the item to be found, one a user
     batch: int = 256,  # users at a time
-) -> np.ndarray:  # (U,) float64 ranks
-    "Ranks over the whole catalogue without the user's history; the target itself always competes."
-    users = np.arange(len(histories))
-    return _ranks_in_batches(scorer, histories, users, np.asarray(targets), batch=batch)["full"]
+    users: np.ndarray | None = None,  # (K,) rows of `histories` that are ranked; None: all
+) -> np.ndarray:  # (U,) or (K,) float64 ranks
+    "Ranks over the whole catalogue without the user's history; a target in the history has all as rivals."
+    users = np.arange(len(histories)) if users is None else np.asarray(users)
+    targets = np.asarray(targets)[users]
+    return _ranks_in_batches(scorer, histories, users, targets, batch=batch)["full"]
 
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #cell-050
@@ -271,7 +292,54 @@ def ranks(
     return _ranks_in_batches(scorer, histories, users, targets, candidates, batch, shuffle)
 
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #cell-066
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-064
+TARGETS = ("new", "repeated", "cold")  # kinds of targets; the figure goes by the first
+
+
+def target_kinds(
+    histories: Histories,  # what is known when the target is to be found
+    targets: np.ndarray,  # (U,) int64 the item to be found, one a user
+    in_train: np.ndarray | None = None,  # (N,) bool, has train the item? None: `histories` are train
+    users: np.ndarray | None = None,  # (U,) rows of `histories`; None: all, in order
+) -> np.ndarray:  # (U,) words of `TARGETS`
+    "Has the user had the target before (repeated), else: has train an event of it (new) or not (cold)?"
+    users = np.arange(len(histories)) if users is None else np.asarray(users)
+    targets = np.asarray(targets)
+    if len(users) != len(targets):
+        raise ValueError(f"{len(targets)} targets for {len(users)} users: one each is expected")
+    if in_train is None:
+        in_train = np.bincount(histories.items, minlength=histories.n_items) > 0
+    rows, items = seen_items(histories, users)
+    repeated = np.zeros(len(users), dtype=bool)
+    repeated[rows[items == targets[rows]]] = True
+    return np.select([repeated, ~np.asarray(in_train)[targets]], ["repeated", "cold"], "new")
+
+
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-070
+def counted_users(
+    train: Histories,  # what weights were learned from, and what is known of the users
+    targets: np.ndarray,  # (U,) int64 the validation item of each user
+    in_train: np.ndarray | None = None,  # (N,) bool, has train the item? None: as `train` says
+) -> np.ndarray:  # (K,) rows of `train`
+    """The users whose validation target is new to them and known to train.
+
+    Where there is none, as in a shop of four items, all users count."""
+    users = np.flatnonzero(target_kinds(train, targets, in_train) == "new")
+    return users if len(users) else np.arange(len(train))
+
+
+def validation_figures(
+    scorer: Callable,  # scorer(histories, users) -> (B, N) scores, array or tensor
+    train: Histories,  # what weights were learned from, and what is known of the users
+    targets: np.ndarray,  # (U,) int64 the validation item of each user
+    in_train: np.ndarray | None = None,  # (N,) bool, has train the item? None: as `train` says
+    batch: int = 256,  # users at a time
+) -> dict[str, float]:  # mrr, hit@k, ndcg@k
+    "Figures over the validation targets of `counted_users`."
+    return summarise(full_ranks(scorer, train, targets, batch, counted_users(train, targets, in_train)))
+
+
+# %% ../../nbs/evaluation/01_metrics.ipynb #cell-075
 def last_ranks(
     scorer: Callable,  # scorer(histories, users) -> (B, N) scores, array or tensor
     histories: Histories,  # what is known before the first target: train + valid

@@ -21,7 +21,7 @@ from ..baselines.registry import BASELINES, Trained, train_baseline
 from ..core.params import digest, merged, override, read_params, read_yaml
 from ..data.schema import TYPES
 from ..encoders.catalogue import Data
-from ..evaluation.metrics import full_ranks, summarise
+from ..evaluation.metrics import validation_figures
 from .inputs import Inputs, changed_items, name_encoder
 from .study import BLOCKS, Study, StudySet, item_changes, jobs, read_study, study_names
 from ..model.hierarchy import EncoderConfig
@@ -373,7 +373,7 @@ def train_variant(
     if stages.first:
         stage1 = UniRec(data.catalogue, net.config).restore(stages.first / f"{model}.safetensors")
         others["stage1"] = stage1.scorer()
-    valid = summarise(full_ranks(net.scorer(), data.train, data.valid_targets))["mrr"]
+    valid = validation_figures(net.scorer(), data.train, data.valid_targets)["mrr"]
     epochs = sum(row["epoch"] > 0 or row["seconds"] > 0 for row in stages.log)
     size = sum(p.numel() for p in net.parameters() if p.requires_grad)
     stopped = stages.log[-1]["stopped"]

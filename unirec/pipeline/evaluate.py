@@ -22,13 +22,20 @@ from ..data.histories import Histories
 from ..encoders.catalogue import Data, item_vectors, load_test
 from unirec.evaluation.breakdowns import (
     RecordingScorer,
-    by_group,
+    breakdown,
     list_figures,
     modality_retrieval,
     target_groups,
 )
 from ..evaluation.examples import examples
-from ..evaluation.metrics import expected_ranks, history_mask, ranks, summarise
+from unirec.evaluation.metrics import (
+    TARGETS,
+    expected_ranks,
+    left_out,
+    ranks,
+    summarise,
+    target_kinds,
+)
 from ..model.events import Events, last_batches
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
@@ -69,6 +76,7 @@ def llm_share(
     model: UniRec,
     h: Histories,
     targets: np.ndarray,  # (U,) the item that each user chose next
+    users: np.ndarray | None = None,  # (K,) rows of `h` that count; None: all
 ) -> dict:  # mrr, mrr_without_llm, norm_share (0 to 1), gate (None where there is none)
     "How much of the query and of the MRR comes from the LLM."
     tokens = model.eval().items(model.catalogue)
@@ -77,19 +85,20 @@ def llm_share(
         model.llm is not None and model.gate is None
     )  # llm.query is `llm`: nothing else is in the query
     parts = []
-    for users in np.array_split(np.arange(len(h)), -(-len(h) // 64)):
-        batch = last_batches(h, events, model.config.history, users, len(users))[0]
+    users = np.arange(len(h)) if users is None else np.asarray(users)
+    for part in np.array_split(users, -(-len(users) // 64)):
+        batch = last_batches(h, events, model.config.history, part, len(part))[0]
         batch = {name: values.to(tokens.device) for name, values in batch.items()}
         pooled, from_llm = model.parts(tokens, batch, vectors=vectors)  # one pass gives both
         if from_llm is None:
             from_llm = torch.zeros_like(pooled)
         share = from_llm.norm(dim=-1) / (pooled.norm(dim=-1) + from_llm.norm(dim=-1))
-        hidden = history_mask(h, users)
+        hidden = left_out(h, part, targets[part])
         whole = from_llm if only_llm else pooled + from_llm
         parts.append(
             (
-                _query_ranks(model, whole, vectors, batch, targets[users], hidden),
-                _query_ranks(model, pooled, vectors, batch, targets[users], hidden),
+                _query_ranks(model, whole, vectors, batch, targets[part], hidden),
+                _query_ranks(model, pooled, vectors, batch, targets[part], hidden),
                 share[:, 0].cpu().numpy(),
             )
         )
@@ -133,7 +142,7 @@ def write_breakdowns(
 ) -> None:
     "Write breakdowns.csv, lists.csv and retrieval.csv."
     groups = target_groups(data.train, h, targets, data.catalogue)
-    parts = [by_group(ranks, groups, draws=draws).assign(model=name) for name, ranks in full_ranks.items()]
+    parts = [breakdown(ranks, groups, draws).assign(model=name) for name, ranks in full_ranks.items()]
     columns = ["model", "group", "label", "users", "share", "mrr", "low", "high"]
     _write_csv(pd.concat(parts), results / "breakdowns.csv", columns)
 
@@ -168,30 +177,44 @@ def learning_curves(
 
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-019
+def by_kind(
+    protocols: Mapping[str, np.ndarray],  # protocol -> (U,) ranks of all targets
+    kinds: np.ndarray,  # (U,) words of `TARGETS`
+) -> dict[str, np.ndarray]:  # protocol -> (K,) ranks; `repeated` and `cold` are protocols of their own
+    "The ranks of new targets under every protocol, and those of the others in the whole catalogue."
+    counted = {protocol: r[kinds == "new"] for protocol, r in protocols.items()}
+    return counted | {kind: protocols["full"][kinds == kind] for kind in TARGETS if kind != "new"}
+
+
+def _figures(ranks: np.ndarray) -> dict[str, float]:
+    "Every metric of some targets, and how many there are; of none there is the number alone."
+    return {"targets": float(len(ranks))} | (summarise(ranks) if len(ranks) else {})
+
+
 def metrics_table(
-    user_ranks: Mapping[str, Mapping[str, np.ndarray]],  # model -> protocol -> (U,) ranks
+    user_ranks: Mapping[str, Mapping[str, np.ndarray]],  # model -> protocol -> (K,) ranks of `by_kind`
     dataset: str,
     seed: int,
 ) -> pd.DataFrame:  # dataset, model, seed, protocol, metric, value
-    "Every metric of every model, one row each."
+    "Every metric of every model, one row each; the metric `targets` is how many targets the others are of."
     rows = []
     for name, protocols in user_ranks.items():
         for protocol, r in protocols.items():
-            for metric, value in summarise(r).items():
+            for metric, value in _figures(r).items():
                 rows.append((dataset, name, seed, protocol, metric, value))
     return pd.DataFrame(rows, columns=["dataset", "model", "seed", "protocol", "metric", "value"])
 
 
 def main_figures(
-    user_ranks: Mapping[str, Mapping[str, np.ndarray]],  # model -> protocol -> (U,) ranks
+    user_ranks: Mapping[str, Mapping[str, np.ndarray]],  # model -> protocol -> (K,) ranks of `by_kind`
 ) -> dict[str, dict[str, dict[str, float]]]:  # model -> protocol -> metric -> value
-    "MRR, Hit@10 and NDCG@10, as `dvc metrics show` shows them."
+    "MRR, Hit@10, NDCG@10 and the number of targets, as `dvc metrics show` shows them."
     figures = {}
     for name, protocols in user_ranks.items():
         figures[name] = {}
         for protocol, r in protocols.items():
-            summary = summarise(r)
-            chosen = [metric for metric in summary if metric in ("mrr", "hit@10", "ndcg@10")]
+            summary = _figures(r)
+            chosen = [metric for metric in summary if metric in ("targets", "mrr", "hit@10", "ndcg@10")]
             figures[name][protocol] = {metric: round(summary[metric], 6) for metric in chosen}
     return figures
 
@@ -218,24 +241,25 @@ def evaluate(
     }
     shuffled = {name: protocols.pop("full_shuffled") for name, protocols in user_ranks.items()}
     full_ranks = {name: protocols["full"] for name, protocols in user_ranks.items()}
+    kinds = target_kinds(h, targets, np.bincount(data.train.items, minlength=h.n_items) > 0)
+    counted = {name: by_kind(protocols, kinds) for name, protocols in user_ranks.items()}
+    new = np.flatnonzero(kinds == "new")
 
     results.mkdir(parents=True, exist_ok=True)
-    table = metrics_table(user_ranks, data.spec.name, params["seed"])
+    table = metrics_table(counted, data.spec.name, params["seed"])
     _write_csv(table, results / "comparison.csv")
-    (results / "metrics.json").write_text(json.dumps(main_figures(user_ranks), indent=1))
-    shares = {name: llm_share(net, h, targets) for name, net in nets.items()}
+    (results / "metrics.json").write_text(json.dumps(main_figures(counted), indent=1))
+    shares = {name: llm_share(net, h, targets, new if len(new) else None) for name, net in nets.items()}
     (results / "llm_share.json").write_text(json.dumps(shares, indent=1))
     (results / "quality.json").write_text((prepared / "quality.json").read_text())
     lists = {name: scorer.lists for name, scorer in watched.items()}
     write_breakdowns(data, h, targets, full_ranks, lists, nets, results)
-    ties = [
-        (name, summarise(full_ranks[name])["mrr"], summarise(shuffled[name])["mrr"]) for name in user_ranks
-    ]
+    ties = [(name, (1 / full_ranks[name][new]).mean(), (1 / shuffled[name][new]).mean()) for name in counted]
     _write_csv(pd.DataFrame(ties, columns=["model", "mrr", "mrr_shuffled"]), results / "ties.csv")
     _write_csv(learning_curves(models, baselines), results / "curves.csv")
 
     predictions.mkdir(parents=True, exist_ok=True)
-    columns = {"seed": params["seed"], "user": range(len(h))}
+    columns = {"seed": params["seed"], "user": range(len(h)), "target": kinds}
     frames = [pd.DataFrame({"model": name, **columns, **r}) for name, r in user_ranks.items()]
     pd.concat(frames).to_parquet(predictions / "ranks.parquet", index=False)
     count, seed = params["evaluate"]["examples"], params["seed"]

@@ -23,7 +23,7 @@ from ..data.histories import Histories
 from ..data.schema import SetSpec
 from ..encoders.catalogue import Data, item_vectors, load
 from ..evaluation.examples import attention_shares, item_kinds, nearest_events
-from ..evaluation.metrics import expected_ranks, history_mask
+from ..evaluation.metrics import expected_ranks, history_mask, left_out
 from ..model.events import last_batches
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
@@ -298,7 +298,8 @@ class Recommender(TrainedModel):
         "The rank of the item that the user chose next, by the rules of the evaluation."
         rows = np.array([self.user_row(user)])
         scores = self.scorer(self.histories, rows)
-        return float(expected_ranks(scores, self.targets[rows], history_mask(self.histories, rows))[0])
+        hidden = left_out(self.histories, rows, self.targets[rows])
+        return float(expected_ranks(scores, self.targets[rows], hidden)[0])
 
     def history(
         self,

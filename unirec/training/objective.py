@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.device import keep_memory
 from ..encoders.catalogue import Data, item_vectors
-from ..evaluation.metrics import full_ranks, summarise
+from ..evaluation.metrics import validation_figures
 from ..model.events import Events, seen_items_mask, training_batches, visible_events
 from ..model.hierarchy import EncoderConfig, Reconstruction
 from ..model.llm import LLMConfig
@@ -362,7 +362,7 @@ def train(
 
     def validate(trained: Objective) -> dict:
         with trained.evaluated() as ready:
-            return summarise(full_ranks(ready.scorer(), data.train, data.valid_targets))
+            return validation_figures(ready.scorer(), data.train, data.valid_targets)
 
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     groups = groups or {}
