@@ -1,6 +1,7 @@
 """Encoding a catalogue: distinct values in batches against one value at a time, for texts and pictures.
 
-It also times an unchanged rerun, and how time and memory grow with the number of items (a stand-in tower).
+It also times what a picture's parts take on one thread (decoding, resizing, the tower), an unchanged rerun,
+and how time and memory grow with the number of items (a stand-in tower).
 """
 
 import multiprocessing
@@ -21,10 +22,10 @@ from unirec.core.device import keep_memory
 from unirec.core.params import read_params
 from unirec.data.schema import Schema, SetSpec
 from unirec.encoders.cache import hashes
-from unirec.encoders.image_towers import ImageEncoder, open_picture
+from unirec.encoders.image_towers import ImageEncoder, lite0_trunk, open_picture, read_picture
 from unirec.encoders.modalities import Contents, Files
 from unirec.encoders.store import build_store, distinct, slots
-from unirec.encoders.towers import TextEncoder
+from unirec.encoders.towers import TextEncoder, fetch_weights
 
 PADDED = 512  # tokens of every text of the straight way
 # values that the straight way is timed on: its seconds a value do not depend on their number
@@ -122,35 +123,104 @@ def batched_text(encode: dict, texts: list[str]) -> Callable[[], None]:
     return lambda: encoder(distinct(texts)[0])
 
 
+def plain_tower(encode: dict) -> torch.nn.Module:
+    "timm's network as it is, nothing folded."
+    path = fetch_weights(encode["image"]).path
+    return lite0_trunk(path / "model.safetensors" if path.is_dir() else path)
+
+
+def plain_input(picture: bytes) -> torch.Tensor:  # (1, 3, 224, 224)
+    "One picture, decoded whole and standardised."
+    pixels = open_picture(picture).resize((224, 224), Image.Resampling.BICUBIC)
+    x = np.asarray(pixels, np.float32).transpose(2, 0, 1) / 255
+    return torch.from_numpy((x - 0.498) / 0.502)[None]
+
+
 def straight_image(encode: dict, pictures: list[bytes]) -> Callable[[], None]:
     "One at a time, float32, memory laid out as it comes."
-    encoder = ImageEncoder(encode["image"], encode["text"], "float32")
-    model = encoder.model.to(memory_format=torch.contiguous_format)
+    model = plain_tower(encode)
 
     def run() -> None:
         for picture in pictures:
-            x = (
-                np.asarray(
-                    open_picture(picture).resize((224, 224), Image.Resampling.BICUBIC), np.float32
-                ).transpose(2, 0, 1)
-                / 255
-            )
             with torch.inference_mode():
-                model(torch.from_numpy((x - 0.498) / 0.502)[None]).numpy()
+                model(plain_input(picture)).numpy()
 
     return run
 
 
 def batched_image(encode: dict, pictures: list[bytes]) -> Callable[[], None]:
-    "The distinct ones in batches, decoded by threads, the machine's best precision."
+    "The distinct ones in batches, a batch on each core, the machine's best precision."
     keep_memory()
-    encoder = ImageEncoder(encode["image"], encode["text"], encode["dtype"])
+    encoder = ImageEncoder(encode["image"], encode["dtype"])
 
     def run() -> None:
         names = hashes(pictures)
         encoder([pictures[i] for i in np.unique(names, return_index=True)[1]])
 
     return run
+
+
+def decode_alone(encode: dict, pictures: list[bytes]) -> Callable[[], object]:
+    "Decoding, on one thread."
+    return lambda: [open_picture(picture, enough=448) for picture in pictures]
+
+
+def resize_alone(encode: dict, pictures: list[bytes]) -> Callable[[], object]:
+    "Resizing decoded pictures, on one thread."
+    opened = [open_picture(picture, enough=448) for picture in pictures]
+    return lambda: [np.array(picture.resize((224, 224), Image.Resampling.BICUBIC)) for picture in opened]
+
+
+def straight_tower(encode: dict, pictures: list[bytes]) -> Callable[[], object]:
+    "The plain network alone, one picture at a time, on one thread."
+    torch.set_num_threads(1)
+    model, inputs = plain_tower(encode), [plain_input(picture) for picture in pictures]
+    return torch.inference_mode()(lambda: [model(x) for x in inputs])
+
+
+def batched_tower(encode: dict, pictures: list[bytes]) -> Callable[[], object]:
+    "The package's network alone, in its batches, on one thread."
+    keep_memory()
+    torch.set_num_threads(1)
+    encoder = ImageEncoder(encode["image"], encode["dtype"])
+    whole = encoder.standardise(torch.stack([torch.as_tensor(read_picture(p)) for p in pictures]))
+    batches = [
+        x.to(getattr(torch, encoder.dtype)).contiguous(memory_format=torch.channels_last)
+        for x in whole.split(encoder.batch)
+    ]
+    return torch.inference_mode()(lambda: [encoder.model(x) for x in batches])
+
+
+COMPONENTS = {
+    "decode": decode_alone,
+    "resize": resize_alone,
+    "tower, one at a time": straight_tower,
+    "tower, batches": batched_tower,
+}
+
+
+def components(table: Table, name: str, encode: dict, pictures: list[bytes], pairs: int) -> None:
+    "One row a part of the way of a picture: milliseconds a picture on one thread, run in turn."
+    sides = {kind: Worker(build, encode, pictures) for kind, build in COMPONENTS.items()}
+    rows = {kind: [] for kind in sides}
+    for pair in range(pairs):
+        for kind in list(sides) if pair % 2 == 0 else list(sides)[::-1]:
+            rows[kind].append(sides[kind].seconds() / len(pictures) * 1e3)
+    for kind, side in sides.items():
+        side.close()
+        ms = float(np.median(rows[kind]))
+        table.add(
+            {
+                "part": "components",
+                "dataset": name,
+                "kind": kind,
+                "values": len(pictures),
+                "pairs": pairs,
+                "ms": ms,
+                "all": " ".join(f"{t:.3f}" for t in rows[kind]),
+            }
+        )
+        say(f"{name:11s} {kind:22s} {ms:7.2f} ms a picture on one thread")
 
 
 SIDES = {"text": (straight_text, batched_text), "image": (straight_image, batched_image)}
@@ -321,8 +391,8 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["towers", "rerun", "growth", "large"],
-        help="which of towers, rerun, growth, large",
+        default=["towers", "components", "rerun", "growth", "large"],
+        help="which of towers, components, rerun, growth, large",
     )
     args = parser.parse_args()
     params = read_params(ROOT)
@@ -341,8 +411,9 @@ def main() -> None:
         what=(
             "towers: one value at a time in float32, texts padded to 512, nothing de-duplicated (timed on a"
             " draw of values, scaled to all) against distinct values in batches at the machine's precision;"
-            " each side in a process of its own, models loaded, run in turn; rerun and growth: all but the"
-            " model is real; memory in a fresh process, above the imports, items included"
+            " each side in a process of its own, models loaded, run in turn; components: of a"
+            " picture, alone and on one thread; rerun and growth: all but the model is real; memory in"
+            " a fresh process, above the imports, items included"
         ),
     )
     if kept := others(table.path, args.parts):
@@ -368,6 +439,12 @@ def main() -> None:
                     pairs,
                     3 if args.quick else STRAIGHT[kind],
                 )
+    if "components" in args.parts:
+        for name in ("sample", "posters"):
+            items, raw, spec = where(name, params)
+            if items.exists():
+                drawn = values(items, raw, spec, "image")[: 3 if args.quick else STRAIGHT["image"]]
+                components(table, name, params["encode"], drawn, pairs)
     if "rerun" in args.parts:
         rerun(table, again, pairs)
     if "growth" in args.parts:

@@ -12,6 +12,7 @@ __all__ = [
     "pick_device",
     "process_group",
     "deterministic",
+    "usable_cores",
     "Machine",
     "this_machine",
     "gpu_peaks",
@@ -40,8 +41,9 @@ def keep_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL("libc.so.6")
-    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-    return all([libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1), libc.mallopt(-2, 256 << 20)])
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, and M_ARENA_MAX: the pools of other threads keep little
+    settings = {-4: 0, -1: 2**31 - 1, -2: 256 << 20, -8: 1}
+    return all([libc.mallopt(name, value) for name, value in settings.items()])
 
 
 # %% ../../nbs/core/03_device.ipynb #cell-008
@@ -93,6 +95,14 @@ def deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
+# %% ../../nbs/core/03_device.ipynb #usable01
+def usable_cores() -> int:
+    "Cores that this process may use, which a container or a scheduler may keep below the machine's."
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 # %% ../../nbs/core/03_device.ipynb #cell-019
 GB = 2**30
 
@@ -138,16 +148,12 @@ def this_machine(
     "The machine that this runs on."
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [torch.cuda.get_device_properties(i) for i in range(count)]
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     return Machine(
         device=pick_device().type,
         gpus=tuple(gpu.name for gpu in gpus),
         gpu_gb=min((gpu.total_memory for gpu in gpus), default=0) / GB,
         ram_gb=psutil.virtual_memory().total / GB,
-        cores=cores,
+        cores=usable_cores(),
         disk_gb=shutil.disk_usage(folder).free / GB,
         bf16=native_bf16(),
     )

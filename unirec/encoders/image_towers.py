@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "REDUCED",
     "open_picture",
     "read_picture",
     "ImageEncoder",
@@ -14,12 +15,13 @@ __all__ = [
 
 # %% ../../nbs/encoders/02_image_towers.ipynb #cell-003
 import io
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from contextlib import nullcontext
+from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,23 +29,32 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
-from ..core.device import pick_device, pick_dtype
+from ..core.device import pick_device, pick_dtype, usable_cores
 from ..core.files import PICTURE_FORMATS, file_sha256
 from .towers import Weights, fetch_weights
 
-
 # %% ../../nbs/encoders/02_image_towers.ipynb #cell-006
+REDUCED = "shorter side >= 2 x input"  # how far a JPEG may be reduced while it is decoded; part of cache keys
+
+
 def open_picture(
     data: bytes,  # the file's bytes
     limit: int = 50_000_000,  # pixels; more is refused
+    # pixels that the shorter side has at least where a JPEG is decoded at a half, a quarter or an eighth of
+    # its size; None: it is decoded whole
+    enough: int | None = None,
 ) -> Image.Image:
     "Decode one picture and convert it to RGB; raises ValueError for what is no picture."
     try:
         with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as im:
             if im.width * im.height > limit:
                 raise ValueError(f"{im.width} x {im.height} pixels are more than {limit}")
+            if enough:
+                im.draft(None, (enough, enough))
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"not a readable picture ({e})") from None
@@ -54,34 +65,28 @@ def read_picture(
     data: bytes,  # the file's bytes
     size: int = 224,  # pixels a side
     limit: int = 50_000_000,  # pixels; more is refused
-) -> np.ndarray:  # (3, size, size) float32 in [0, 1]
+) -> np.ndarray:  # (size, size, 3) uint8
     "Decode, convert to RGB and resize one picture; raises ValueError for what is no picture."
-    picture = open_picture(data, limit).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(picture, np.float32).transpose(2, 0, 1) / 255
+    picture = open_picture(data, limit, enough=2 * size)
+    return np.array(picture.resize((size, size), Image.Resampling.BICUBIC))
 
 
 # %% ../../nbs/encoders/02_image_towers.ipynb #cell-010
-def decode_ahead(
+def side_by_side(
+    work: Callable[[Sequence[bytes]], np.ndarray],  # one batch -> its vectors
     pictures: Sequence[bytes],
-    read: Callable[[bytes], np.ndarray | Tensor],  # one file -> (3, size, size)
     batch: int,  # pictures
-    ahead: int = 2,  # batches that are decoded before they are needed
-) -> Iterator[Tensor]:  # (b, 3, size, size)
-    "Batches of pictures in order, decoded by threads."
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        waiting, starts = deque(), iter(range(0, len(pictures), batch))
-
-        def submit_next() -> None:
-            start = next(starts, None)
-            if start is not None:
-                waiting.append([pool.submit(read, p) for p in pictures[start : start + batch]])
-
-        for _ in range(ahead):
-            submit_next()
-        while waiting:
-            decoded = [job.result() for job in waiting.popleft()]
-            submit_next()
-            yield torch.stack([torch.as_tensor(picture) for picture in decoded])
+) -> Iterator[np.ndarray]:
+    "The vectors of batches, in order; each batch has one core, or more where there are more than eight."
+    cores, threads = usable_cores(), torch.get_num_threads()
+    streams = min(8, cores)
+    each = max(1, min(threads, cores // streams))
+    batches = [pictures[start : start + batch] for start in range(0, len(pictures), batch)]
+    try:
+        with ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+            yield from pool.map(work, batches)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # %% ../../nbs/encoders/02_image_towers.ipynb #cell-013
@@ -104,10 +109,16 @@ class ImageTower:
     ):
         self.uri, self.weights, self.dtype, self.batch = uri, weights, pick_dtype(dtype), batch
         self.files = weights.files
+        # threads share an accelerator in turn, and the cores at once
+        self.turn = nullcontext() if pick_device().type == "cpu" else Lock()
 
-    def read(self, data: bytes) -> Tensor:  # (3, size, size)
-        "Decode one file as the model needs it; raises ValueError for what is no picture."
+    def read(self, data: bytes) -> np.ndarray | Tensor:
+        "Decode one file at the model's size; raises ValueError for what is no picture."
         raise NotImplementedError
+
+    def standardise(self, batch: Tensor) -> Tensor:  # (b, 3, size, size)
+        "The model's input, from a batch of what `read` returns."
+        return batch
 
     @property
     def model(self) -> nn.Module:
@@ -119,57 +130,41 @@ class ImageTower:
         dtype = getattr(torch, self.dtype)
         return model.eval().to(pick_device(), memory_format=torch.channels_last, dtype=dtype)
 
-    @torch.inference_mode()
+    def encode(self, pictures: Sequence[bytes]) -> np.ndarray:  # (b, width) float32
+        "Vectors of one batch."
+        read = torch.stack([torch.as_tensor(self.read(picture)) for picture in pictures])
+        with self.turn, torch.inference_mode():
+            x = self.standardise(read.to(pick_device())).to(getattr(torch, self.dtype))
+            vectors = self.model(x.contiguous(memory_format=torch.channels_last)).float()
+            if self.unit_length:
+                vectors = nn.functional.normalize(vectors, dim=-1)
+            return vectors.cpu().numpy()
+
     def __call__(self, pictures: Sequence[bytes]) -> np.ndarray:  # (n, width) float32
         "Vectors of the contents of picture files; raises ValueError for what is no picture."
         out, start = np.empty((len(pictures), self.width), np.float32), 0
         if len(pictures):
-            _ = self.model  # loaded here, once, and not by every thread that decodes
+            _ = self.model  # loaded here, once, and not by every thread
         with tqdm(total=len(pictures), desc="pictures", unit="picture", disable=None, mininterval=5) as bar:
-            for x in decode_ahead(pictures, self.read, self.batch):
-                x = x.to(pick_device(), getattr(torch, self.dtype))
-                vectors = self.model(x.contiguous(memory_format=torch.channels_last)).float()
-                if self.unit_length:
-                    vectors = nn.functional.normalize(vectors, dim=-1)
-                out[start : start + len(x)] = vectors.cpu().numpy()
-                start += len(x)
-                bar.update(len(x))
+            for vectors in side_by_side(self.encode, pictures, self.batch):
+                out[start : start + len(vectors)] = vectors
+                start += len(vectors)
+                bar.update(len(vectors))
         return out
 
 
-# %% ../../nbs/encoders/02_image_towers.ipynb #cell-015
-def lite0_clip(
+# %% ../../nbs/encoders/02_image_towers.ipynb #lite-57514231
+def lite0_trunk(
     weights: Path,  # the .pth file of EfficientNet-Lite0, or timm's safetensors of it
-    text_folder: Path,  # the text tower's folder (its weights are not loaded here)
-) -> nn.Module:
-    """An open_clip CustomTextCLIP whose image trunk is a pretrained EfficientNet-Lite0.
+) -> nn.Module:  # (b, 3, 224, 224) -> (b, 1280)
+    "timm's EfficientNet-Lite0 with pretrained weights; raises ValueError for weights of another network."
+    import timm
 
-    Raises ValueError for weights of another network.
-    """
-    from open_clip.model import CustomTextCLIP
-
-    model = CustomTextCLIP(
-        embed_dim=384,
-        vision_cfg={
-            "timm_model_name": "tf_efficientnet_lite0",
-            "timm_model_pretrained": False,
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-            "image_size": 224,
-        },
-        text_cfg={
-            "hf_model_name": str(text_folder),
-            "hf_tokenizer_name": str(text_folder),
-            "hf_model_pretrained": False,
-            "hf_proj_type": "linear",
-            "hf_pooler_type": "mean_pooler",
-        },
-    )
+    trunk = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     if weights.suffix == ".safetensors":
         tensors = load_file(weights)
     else:
         tensors = torch.load(weights, weights_only=True, map_location="cpu")
-    trunk = model.visual.trunk
     expected = trunk.state_dict()
     tensors = {k: t for k, t in tensors.items() if not k.startswith(("classifier", "fc", "_fc"))}
     if expected.keys() != tensors.keys():
@@ -177,7 +172,93 @@ def lite0_clip(
     if {k: t.shape for k, t in expected.items()} != {k: t.shape for k, t in tensors.items()}:
         raise ValueError(f"{weights.name}: the layers are not those of tf_efficientnet_lite0")
     trunk.load_state_dict(tensors)
-    return model
+    return trunk.eval()
+
+
+# %% ../../nbs/encoders/02_image_towers.ipynb #lite-56750578
+def blocked_conv(
+    x: Tensor,  # in oneDNN's layout
+    weight: Tensor,
+    bias: Tensor,
+    steps: tuple[list[int], list[int], list[int], int],  # stride, padding, dilation, groups
+    relu6: bool,  # clamp the result to [0, 6]?
+) -> Tensor:  # in oneDNN's layout
+    "A convolution that stays in oneDNN's blocks of channels."
+    stride, padding, dilation, groups = steps
+    clamp = ("hardtanh", [0.0, 6.0], "") if relu6 else ("none", [], "")
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, *clamp)
+
+
+@cache
+def has_blocked_conv() -> bool:
+    "Does this torch compute such a convolution on this processor, and rightly?"
+    x, weight, bias = torch.linspace(-1, 1, 3 * 6 * 6).view(1, 3, 6, 6), torch.ones(4, 3, 3, 3), torch.ones(4)
+    steps = ([2, 2], [1, 1], [1, 1], 1)
+    expected = F.relu6(F.conv2d(x, weight, bias, *steps))
+    try:
+        y = blocked_conv(x.to_mkldnn(), weight, bias, steps, True).to_dense()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(y, expected, atol=1e-4)
+
+
+# %% ../../nbs/encoders/02_image_towers.ipynb #lite-26383339
+class FoldedConv(nn.Module):
+    "A convolution with its batch normalisation, and ReLU6 where it follows, as one operation."
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,  # of an even input where its padding is TensorFlow's
+        norm: nn.BatchNorm2d,  # timm's, with its activation
+    ):
+        super().__init__()
+        assert norm.running_mean is not None and norm.running_var is not None
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        padding = [int(p) for p in conv.padding]
+        if type(conv).__name__ == "Conv2dSame":
+            padding = [(k - 1) // 2 for k in conv.kernel_size]
+            weight = F.pad(weight, (1, 0, 1, 0))
+        self.steps = (list(conv.stride), padding, [1, 1], conv.groups)
+        self.relu6 = isinstance(norm.act, nn.ReLU6)
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        "Of a tensor in torch's layout or in oneDNN's."
+        if x.is_mkldnn:
+            return blocked_conv(x, self.weight, self.bias, self.steps, self.relu6)
+        x = F.conv2d(x, self.weight, self.bias, *self.steps)
+        return F.relu6(x, inplace=True) if self.relu6 else x
+
+
+# %% ../../nbs/encoders/02_image_towers.ipynb #lite-82586920
+def fold(module: nn.Module) -> None:
+    "Put a `FoldedConv` in the place of each convolution with a normalisation behind it."
+    for (name, conv), (after, norm) in pairwise(list(module.named_children())):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            setattr(module, name, FoldedConv(conv, norm))
+            setattr(module, after, nn.Identity())
+    for child in module.children():
+        fold(child)
+
+
+class FoldedLite0(nn.Module):
+    "EfficientNet-Lite0 for inference."
+
+    def __init__(self, trunk: nn.Module):
+        super().__init__()
+        fold(trunk)
+        self.trunk = trunk
+
+    def forward(self, x: Tensor) -> Tensor:  # (b, 3, 224, 224) -> (b, 1280)
+        "Features of standardised pictures."
+        if x.device.type == "cpu" and x.dtype == torch.float32 and has_blocked_conv():
+            features = self.trunk.forward_features(x.contiguous().to_mkldnn()).to_dense()
+        else:
+            features = self.trunk.forward_features(x)
+        return self.trunk.forward_head(features)
 
 
 # %% ../../nbs/encoders/02_image_towers.ipynb #cell-016
@@ -188,29 +269,32 @@ class ImageEncoder(ImageTower):
 
     def __init__(
         self,
-        uri: str,  # of the trunk: pip:<package>/<file>, hub:timm/tf_efficientnet_lite0.in1k or a path
-        text_uri: str,  # of the text tower, whose shape open_clip needs
+        uri: str,  # pip:<package>/<file>, hub:timm/tf_efficientnet_lite0.in1k or a path
         dtype: str = "float32",  # of the forward pass: float32, bfloat16 or auto
-        batch: int = 32,  # pictures
+        batch: int = 16,  # pictures
     ):
         super().__init__(uri, fetch_weights(uri), dtype, batch)
-        self.text_uri = text_uri
 
     @cached_property
     def model(self) -> nn.Module:
-        "The frozen trunk."
+        "The frozen network."
         path = self.weights.path
         file = path / "model.safetensors" if path.is_dir() else path
-        return self.placed(lite0_clip(file, fetch_weights(self.text_uri).path).visual.trunk)
+        return self.placed(FoldedLite0(lite0_trunk(file)))
 
     @property
     def key(self) -> dict:
         "What the vectors depend on besides the value."
-        return self.weights.key | {"size": 224, "mean": 0.498, "std": 0.502, "dtype": self.dtype}
+        preprocessing = {"size": 224, "mean": 0.498, "std": 0.502, "jpeg": REDUCED}
+        return self.weights.key | preprocessing | {"dtype": self.dtype}
 
-    def read(self, data: bytes) -> Tensor:  # (3, 224, 224)
-        "Decode and standardise one file; raises ValueError for what is no picture."
-        return (torch.as_tensor(read_picture(data)) - 0.498) / 0.502
+    def read(self, data: bytes) -> np.ndarray:  # (224, 224, 3) uint8
+        "Decode one file at the model's size; raises ValueError for what is no picture."
+        return read_picture(data)
+
+    def standardise(self, batch: Tensor) -> Tensor:  # (b, 3, 224, 224)
+        "The model's input, from a batch of (b, 224, 224, 3) uint8."
+        return (batch.permute(0, 3, 1, 2).float() / 255 - 0.498) / 0.502
 
 
 # %% ../../nbs/encoders/02_image_towers.ipynb #cell-020
@@ -293,20 +377,23 @@ class OpenClipImage(ImageTower):
             "weights_sha256": self.files,
             "dtype": self.dtype,
             "preprocessing": "open_clip",
+            "jpeg": REDUCED,
         }
 
     def read(self, data: bytes) -> Tensor:  # (3, size, size)
         "Decode one file as the model needs it; raises ValueError for what is no picture."
-        return self.parts[1](open_picture(data))
+        visual, preprocess = self.parts
+        size = visual.image_size
+        side = max(size) if isinstance(size, (tuple, list)) else size
+        return preprocess(open_picture(data, enough=2 * side))
 
 
 # %% ../../nbs/encoders/02_image_towers.ipynb #cell-027
 def image_encoder(
     uri: str,  # `encode.image` of params.yaml
-    text_uri: str,  # `encode.text`, which the tower of the profile `mini` needs
     dtype: str = "float32",  # of the forward pass: float32, bfloat16 or auto
 ) -> ImageTower:
     "The image tower that a URI names."
     if uri.startswith("open_clip:") or (fetch_weights(uri).path / "open_clip_config.json").is_file():
         return OpenClipImage(uri, dtype)
-    return ImageEncoder(uri, text_uri, dtype)
+    return ImageEncoder(uri, dtype)

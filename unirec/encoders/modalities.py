@@ -22,7 +22,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/encoders/04_modalities.ipynb #cell-003
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +30,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.device import usable_cores
 from ..data.schema import TYPES, Schema, register_type
 from .cache import content_hash
-from .image_towers import image_encoder, read_picture
+from .image_towers import image_encoder, open_picture
 from .towers import TextEncoder
 
 # %% ../../nbs/encoders/04_modalities.ipynb #cell-006
@@ -109,7 +109,7 @@ def readable_files(
             return str(e)
 
     wanted = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, usable_cores())) as pool:
         results = dict(zip(wanted, pool.map(hash_or_cause, wanted)))
     hashes = {path: result for path, result in results.items() if isinstance(result, bytes)}
     causes = {path: result for path, result in results.items() if isinstance(result, str)}
@@ -119,7 +119,7 @@ def readable_files(
 # %% ../../nbs/encoders/04_modalities.ipynb #cell-036
 def check_picture(data: bytes) -> None:
     "Raise ValueError for a content that cannot be read as a picture."
-    read_picture(data, size=8)
+    open_picture(data, enough=1)
 
 
 def picture_bytes(
@@ -164,7 +164,7 @@ MODALITIES = {
     "text": Modality(text_encoder),
     "number": Modality(),
     "image": Modality(
-        lambda encode: image_encoder(encode["image"], encode["text"], encode["dtype"]),
+        lambda encode: image_encoder(encode["image"], encode["dtype"]),
         files=True,
         check=check_picture,
     ),
