@@ -1,8 +1,11 @@
 """Raw files to prepared tables: streams and columns against a Python loop over `json.loads` with pandas, in
 turn, each run in a fresh process.
 
-Rows a second, peak memory, and how both grow from a tenth of the set to the whole."""
+Rows a second, peak memory, and how both grow from a tenth of the set to the whole. What Arrow's own reader,
+and DuckDB's where it is installed, take for the same fields of the same files is measured as the limit: they
+check less, and make neither the items table nor the events."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -14,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.json as pj
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -181,10 +186,68 @@ def plain(folder: Path, out: Path) -> int:
     return read
 
 
+# the raw fields that both sides take, as Arrow and DuckDB call their types
+RAW_FIELDS = {
+    "meta_Made.jsonl": {
+        "parent_asin": ("string", "VARCHAR"),
+        "title": ("string", "VARCHAR"),
+        "description": (pa.list_(pa.string()), "VARCHAR[]"),
+        "details": (
+            pa.struct([("Brand", pa.string()), ("Color", pa.string())]),
+            "STRUCT(Brand VARCHAR, Color VARCHAR)",
+        ),
+        "price": ("float64", "DOUBLE"),
+    },
+    "Made.jsonl": {
+        "user_id": ("string", "VARCHAR"),
+        "parent_asin": ("string", "VARCHAR"),
+        "rating": ("float64", "DOUBLE"),
+        "timestamp": ("int64", "BIGINT"),
+        "title": ("string", "VARCHAR"),
+        "text": ("string", "VARCHAR"),
+    },
+}
+
+
+def arrow_tables(folder: Path) -> list[pa.Table]:
+    "The fields of the items and of the reviews, by Arrow's reader, whose blocks are read in parallel."
+    tables = []
+    for name, fields in RAW_FIELDS.items():
+        schema = pa.schema([(field, kind) for field, (kind, _) in fields.items()])
+        parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+        tables.append(pj.read_json(folder / name, pj.ReadOptions(block_size=1 << 20), parse))
+    return tables
+
+
+def duckdb_tables(folder: Path) -> list[pa.Table]:
+    "The same by DuckDB's reader, as Arrow tables."
+    import duckdb
+
+    tables = []
+    for name, fields in RAW_FIELDS.items():
+        columns = ", ".join(f"{field!r}: {kind!r}" for field, (_, kind) in fields.items())
+        query = f"FROM read_json($path, format='newline_delimited', columns={{{columns}}})"
+        tables.append(duckdb.sql(query, params={"path": str(folder / name)}).to_arrow_table())
+    return tables
+
+
+def arrow_read(folder: Path, out: Path) -> int:
+    "How many reviews Arrow read."
+    return len(arrow_tables(folder)[1])
+
+
+def duckdb_read(folder: Path, out: Path) -> int:
+    "How many reviews DuckDB read."
+    return len(duckdb_tables(folder)[1])
+
+
 SIDES: dict[str, dict[str, Callable[[Path, Path], int]]] = {
     "read": {"ours": ours_read, "plain": plain_read},
     "prepare": {"ours": ours, "plain": plain},
 }
+LIMITS: dict[str, Callable[[Path, Path], int]] = {"arrow": arrow_read}  # of reading: no table is made of it
+if importlib.util.find_spec("duckdb"):
+    LIMITS["duckdb"] = duckdb_read
 
 
 def peak_mb() -> float:
@@ -205,7 +268,7 @@ def child(measure: str, side: str, folder: Path) -> dict:
     "One run, in the process that was started for it."
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         start, cpu = time.perf_counter(), time.process_time()
-        rows = SIDES[measure][side](folder, Path(scratch) / "out")
+        rows = {**SIDES[measure], **LIMITS}[side](folder, Path(scratch) / "out")
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return {
         "rows": rows,
@@ -248,11 +311,14 @@ def same_tables(folder: Path) -> None:
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Medians of a measure and size: rows a second (by the clock and by the processor's time) of both
-    sides, ratios pair by pair, peak memory; and by how much more seconds grew than rows."""
+    sides, ratios pair by pair, peak memory; and by how much more seconds grew than rows.
+
+    `arrow` and `arrow_ratio` are rows a second of Arrow's own reader, and their ratio to the plain side."""
     by, out = ["measure", "size"], []
     for column in ("rows_per_s", "rows_per_cpu_s"):
         wide = rows.pivot(index=[*by, "pair"], columns="side", values=column)
-        medians = wide.assign(ratio=wide.ours / wide.plain).groupby(by).median()
+        limits = {f"{side}_ratio": wide[side] / wide.plain for side in LIMITS if side in wide}
+        medians = wide.assign(ratio=wide.ours / wide.plain, **limits).groupby(by).median()
         for side in ("ours", "plain"):
             medians[f"{side}_growth"] = medians.groupby("measure")[side].transform(
                 lambda v: v.xs("tenth", level="size").iloc[0] / v
@@ -272,8 +338,9 @@ def measure(table, sizes: dict[str, tuple[int, int]], pairs: dict[str, int], say
             if size == "tenth":
                 same_tables(folder)
             for name in SIDES:
+                sides = ["ours", "plain", *(LIMITS if name == "read" else ())]
                 for pair in range(pairs[size]):
-                    for side in ("ours", "plain") if pair % 2 == 0 else ("plain", "ours"):
+                    for side in sides if pair % 2 == 0 else sides[::-1]:
                         row = {
                             "measure": name,
                             "size": size,
@@ -312,7 +379,8 @@ def main() -> None:
             " leak checks, quality report and the candidates of all users, on the plain side without; each"
             " run in a fresh process; peak_mb: all of it, imports too; rows_per_cpu_s: by the time of the"
             " processor, which other programs on the machine disturb less; growth: 1 where time grows as"
-            " rows do"
+            " rows do; arrow, duckdb: what these readers take for the same fields of the same files, without"
+            " the checks and without the tables of items and events"
         ),
     )
     found = measure(

@@ -854,11 +854,11 @@ def files(draw):
     )
 
 
-def outcome(path, quick, size):
+def outcome(path, quick, size, dates=False):
     "All that a reader says of a file: the events and the counts, or the error."
     invalid = Counter()
     try:
-        batches = [as_events(b) for b in review_batches(path, FIELDS, invalid, quick, size)]
+        batches = [as_events(b) for b in review_batches(path, FIELDS, invalid, quick, size, dates)]
     except ValueError as e:
         return str(e)
     return pa.concat_tables(batches).to_pydict() if batches else None, dict(invalid)
@@ -877,7 +877,59 @@ def test_the_fast_reader_is_used_for_good_lines():
         json.dumps(review(user_id=f"u{k}", text="für \N{GRINNING FACE}"), ensure_ascii=k % 2 == 0) + "\n"
         for k in range(50)
     ).encode()
-    assert len(arrow_batch(block, FIELDS)) == 50
+    table = arrow_batch(block, FIELDS)
+    assert table["text"].to_pylist() == ["für \N{GRINNING FACE}"] * 50
+    assert table["user_id"].to_pylist() == [f"u{k}" for k in range(50)]
+
+
+@pytest.mark.parametrize("dates", [False, True])
+@pytest.mark.parametrize(
+    "other, taken",  # other: what a raw review says otherwise; taken: does Arrow's parser take it?
+    [
+        ('"rating": 4', True),
+        ('"rating": null', True),
+        ('"rating": NaN', False),
+        ('"rating": 1e999', False),
+        ('"rating": 1e200', False),
+        ('"rating": "5.0"', False),
+        ('"rating": true', False),
+        (f'"rating": {10**400}', False),
+        ('"timestamp": 1.5', False),
+        ('"timestamp": 1600000000000.0', False),
+        (f'"timestamp": {2**63}', False),
+        (f'"timestamp": {-(2**63) - 1}', False),
+        ('"timestamp": "1600000000000"', False),
+        ('"timestamp": "2018-02-30 00:00:00"', False),
+        ('"timestamp": null', False),
+        ('"user_id": 12', False),
+        ('"user_id": null', False),
+        (f'"parent_asin": {10**30}', False),
+        ('"title": "a", "title": "b"', False),
+        ('"title": 7, "title": "b"', False),
+        ('"title": ["a"]', False),
+        ('"title": {"text": "a"}', False),
+        ('"text": "\\u0000 \\ud83d\\ude00 \\"\\n"', True),
+        ('"text": "\\ud83d"', False),
+        ('"text": "\\ude00\\ud83d"', False),
+        ('"other": {"title": "deep", "text": [{"user_id": 1}]}', True),
+        ('"other": 01', False),
+    ],
+)
+def test_an_odd_value_is_read_as_the_exact_reader_reads_it(tmp_path, other, taken, dates):
+    "In the middle of good reviews; a message names the row."
+    time = '"2018-07-07 22:09:11"' if dates else "1600000000000"
+    good = f'{{"user_id": "u", "parent_asin": "a", "timestamp": {time}, '
+    if dates and other.startswith('"timestamp": 1'):
+        taken = False
+    path = tmp_path / "x.jsonl"
+    values = ['"title": "t", "text": " good "'] * 6
+    values[3] = other
+    path.write_text("".join(good + value + "}\n" for value in values))
+    both = [outcome(path, quick, 10_000, dates) for quick in (True, False)]
+    assert repr(both[0]) == repr(both[1])
+    assert "row 4" in both[0] if isinstance(both[0], str) else len(both[0][0]["user_id"]) == 6
+    (_, block), *_ = line_blocks(path)
+    assert (arrow_batch(block, FIELDS, dates) is not None) == taken
 
 
 THING = (

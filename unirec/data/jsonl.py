@@ -36,7 +36,7 @@ from contextlib import contextmanager
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import msgspec
 import numpy as np
@@ -110,33 +110,27 @@ BLOCK = 1 << 20  # bytes that are read at a time: what fits a processor's cache 
 def line_blocks(
     path: Path, size: int = BLOCK
 ) -> Iterator[tuple[int, bytes]]:  # number of its first row (from 1), whole lines
-    """A file in blocks of about `size` bytes that end with a line.
+    """A file in blocks of at least `size` bytes that end with a line.
 
     Raises ValueError for a cut gzip, another encoding or a NUL byte.
     """
-    row, rest, first = 1, b"", True
+    row = 1
     with open_raw(path) as f:
         while True:
             try:
-                new = f.read(max(size, 4) if first else size)
+                block = f.read(size if row > 1 else max(size, 4))
+                block += f.readline()
             except (EOFError, OSError, zlib.error) as e:
                 raise ValueError(
                     f"{path.name}, after row {row - 1}: the file is cut or damaged ({e}); fetch it again"
                 ) from None
-            last = not new
-            if first:
-                new, first = _without_mark(new, path), False
-            end = new.rfind(b"\n") + 1
-            if not end and not last:
-                rest += new
-                continue
-            block, rest = rest + new[:end], new[end:]
-            if block:
-                _check_text(block, path, row)
-                yield row, block
-                row += block.count(b"\n")
-            if last:
+            if row == 1:
+                block = _without_mark(block, path)
+            if not block:
                 break
+            _check_text(block, path, row)
+            yield row, block
+            row += block.count(b"\n")
 
 
 # %% ../../nbs/data/06_jsonl.ipynb #cell-011
@@ -269,20 +263,31 @@ def _record_type(sources: Iterable[str]) -> Any:  # dotted
 
 
 # %% ../../nbs/data/06_jsonl.ipynb #cell-023
-def _record_columns(records: list, kind: Any) -> dict[str, list]:  # kind: of `_record_type`
+Fields = list[tuple[str, str, Any]]  # name in the type, name in the record, the fields of a record inside it
+
+
+def _fields(kind: Any) -> Fields:  # kind: of `_record_type`
+    "The fields of a type of record."
+    fields = []
+    for field in msgspec.structs.fields(kind):
+        inner = [t for t in get_args(field.type) if hasattr(t, "__struct_fields__")]
+        fields.append((field.name, field.encode_name, _fields(inner[0]) if inner else None))
+    return fields
+
+
+def _record_columns(records: list, fields: Fields) -> dict[str, list]:
     "The fields of decoded records as columns, named by dotted sources; None where a record is missing."
     columns = {}
-    for field in msgspec.structs.fields(kind):
+    for name, source, inner in fields:
         try:
-            column = list(map(attrgetter(field.name), records))
+            column = list(map(attrgetter(name), records))
         except AttributeError:
-            column = [getattr(r, field.name, None) for r in records]
-        inner = [t for t in getattr(field.type, "__args__", ()) if hasattr(t, "__struct_fields__")]
-        if inner:
-            for name, values in _record_columns(column, inner[0]).items():
-                columns[f"{field.encode_name}.{name}"] = values
-        else:
-            columns[field.encode_name] = column
+            column = [getattr(r, name, None) for r in records]
+        if inner is None:
+            columns[source] = column
+            continue
+        for below, values in _record_columns(column, inner).items():
+            columns[f"{source}.{below}"] = values
     return columns
 
 
@@ -291,13 +296,16 @@ class ColumnDecoder:
     "Decodes some fields of a block of lines into columns."
 
     def __init__(self, sources: Iterable[str]):  # dotted
-        self.kind = _record_type(sources)
-        self.decoder = msgspec.json.Decoder(self.kind)
+        kind = _record_type(sources)
+        self.fields = _fields(kind) if kind else None
+        self.decoder = msgspec.json.Decoder(kind)
 
     def __call__(self, block: bytes) -> dict[str, list] | None:
         "The columns of a block of UTF-8 lines, None where its lines have to be decoded one by one."
-        records = decode_block(block, self.decoder) if self.kind else None
-        return None if records is None else _record_columns(records, self.kind)
+        if self.fields is None:
+            return None
+        records = decode_block(block, self.decoder)
+        return None if records is None else _record_columns(records, self.fields)
 
 
 # %% ../../nbs/data/06_jsonl.ipynb #cell-027
