@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from ..data.histories import Histories, windows
 from ..evaluation.metrics import validation_figures
 from ..model.events import pack_rows, same_window
+from ..model.extensions import CausalBlock
 from ..model.losses import catalogue_cross_entropy
 from ..training.loop import FitConfig, fit
 
@@ -129,41 +130,7 @@ class SequenceModel(nn.Module):
         return F.normalize(self.items(), dim=-1)
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-018
-class CausalBlock(nn.Module):
-    "Pre-norm transformer block that sees only the past."
-
-    def __init__(
-        self,
-        width: int,  # of the hidden states
-        heads: int,  # attention heads; divides `width`
-        dropout: float,  # on what each half adds
-        expansion: int = 2,  # width of the feed-forward layer, in multiples of `width`
-    ):
-        super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
-        self.attention_norm, self.forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
-        )
-
-    def forward(
-        self,
-        hidden: Tensor,  # (B, L, width)
-        mask: Tensor | None = None,  # (B, 1, L, L) bool, True = may be read; None: everything up to the place
-    ) -> Tensor:  # (B, L, width)
-        "Attend, then feed forward."
-        query, key, value = (
-            self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-        # (B, heads, L, width / heads)
-        attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
-        hidden = hidden + self.dropout(self.out(attended.transpose(1, 2).flatten(-2)))
-        return hidden + self.dropout(self.feed_forward(self.forward_norm(hidden)))
-
-
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-022
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-019
 class SASRec(SequenceModel):
     "Causal transformer over items."
 
@@ -203,7 +170,7 @@ class SASRec(SequenceModel):
         return self.norm(hidden)
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-025
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-022
 class SequenceScorer:
     "A trained sequence model as a scorer; all items are embedded once, when it is first called."
 
@@ -237,7 +204,7 @@ class SequenceScorer:
         return (self.model.queries(last) @ self.candidates.T)[:, : histories.n_items].float().cpu()
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-028
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-025
 def window_batches(
     train: Histories,  # train events
     length: int,  # inputs a window, at most
@@ -275,7 +242,7 @@ def _window_batch(
     return {name: torch.from_numpy(table) for name, table in tables.items()} | {"events": len(rows)}
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-030
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-027
 def next_item_cross_entropy(
     model: SequenceModel,
     batch: dict[str, Tensor],  # of `window_batches`
@@ -292,7 +259,7 @@ def next_item_cross_entropy(
     return catalogue_cross_entropy(model.queries(states[real]), model.candidates(), targets, left_out)
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-034
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-031
 @dataclass
 class SASRecConfig:
     "What SASRec is made of and how its batches are cut; rates and epochs are `FitConfig`'s."
@@ -311,7 +278,7 @@ class SASRecConfig:
     hidden: int = 0  # width of the projection's hidden layer; 0: linear
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-035
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-032
 def _train_sequence(
     model: SequenceModel, train: Histories, targets: np.ndarray, config, fit_config: FitConfig, desc: str
 ) -> SequenceScorer:
@@ -326,7 +293,7 @@ def _train_sequence(
     return scorer
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-036
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-033
 def sasrec(
     train: Histories,  # train events
     targets: np.ndarray,  # (U,) int64 valid items: early stop only
@@ -345,7 +312,7 @@ def sasrec(
     return _train_sequence(model, train, targets, config, fit_config, desc)
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-045
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-042
 class GRU4Rec(SequenceModel):
     "Gated recurrent units over items."
 
@@ -367,7 +334,7 @@ class GRU4Rec(SequenceModel):
         return self.out(self.dropout(self.gru(self.dropout(self.inputs(items)))[0]))
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-047
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-044
 @dataclass
 class GRU4RecConfig:
     "What GRU4Rec is made of and how its batches are cut; rates and epochs are `FitConfig`'s."
@@ -382,7 +349,7 @@ class GRU4RecConfig:
     seen: bool = True  # do the user's earlier items compete in the loss?
 
 
-# %% ../../nbs/baselines/03_sequential.ipynb #cell-048
+# %% ../../nbs/baselines/03_sequential.ipynb #cell-045
 def gru4rec(
     train: Histories,  # train events
     targets: np.ndarray,  # (U,) int64 valid items: early stop only

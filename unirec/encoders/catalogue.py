@@ -7,6 +7,7 @@ __all__ = [
     "Catalogue",
     "load_catalogue",
     "toy_catalogue",
+    "mean_values",
     "item_vectors",
     "Data",
     "one_each",
@@ -140,18 +141,25 @@ def toy_catalogue(
 
 
 # %% ../../nbs/encoders/06_catalogue.ipynb #cell-014
+def mean_values(
+    c: Catalogue,  # of N items
+) -> dict[str, Tensor]:  # encoder -> (N, D)
+    "Mean of each item's standardised value vectors per encoder; 0 where an item has none."
+    means, start = {}, 0
+    for name, table in c.tables.items():
+        inside = c.mask & (c.value >= start) & (c.value < start + len(table)) & (c.attr != c.id_attr)
+        if len(table):
+            rows = torch.where(inside, c.value - start, 0)
+            means[name] = (table[rows] * inside[..., None]).sum(1) / inside.sum(1, keepdim=True).clamp_min(1)
+        start += len(table)
+    return means
+
+
 def item_vectors(
     c: Catalogue,  # of N items
 ) -> np.ndarray:  # (N, sum of widths) float32
     "Mean of each item's standardised value vectors per encoder, side by side at equal weight."
-    parts, start = [], 0
-    for table in c.tables.values():
-        inside = c.mask & (c.value >= start) & (c.value < start + len(table)) & (c.attr != c.id_attr)
-        if len(table):
-            rows = torch.where(inside, c.value - start, 0)
-            mean = (table[rows] * inside[..., None]).sum(1) / inside.sum(1, keepdim=True).clamp_min(1)
-            parts.append(mean / mean.norm(dim=1).mean().clamp_min(1e-6))
-        start += len(table)
+    parts = [mean / mean.norm(dim=1).mean().clamp_min(1e-6) for mean in mean_values(c).values()]
     return torch.cat(parts, 1).cpu().numpy()
 
 

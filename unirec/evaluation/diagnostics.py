@@ -167,7 +167,7 @@ def modality_shares(
 ) -> pd.DataFrame:  # modality, items, lost, slots, moved, share, dominates; with targets `paired_error`'s too
     "How far candidate embeddings move when a modality is left out, and what it is worth."
     c, kinds = model.catalogue, [*TABLES, "id"]
-    mask = c.mask if model.items.triplets.ids is not None else c.mask & (c.attr != c.id_attr)
+    mask = c.mask if model.items.ids is not None else c.mask & (c.attr != c.id_attr)
     kind, out = c.encoder[c.attr], []  # (N, A)
     counted = None if targets is None else counted_users(histories, targets)
 

@@ -80,7 +80,7 @@ def attention_shares(
     return shares
 
 
-# %% ../../nbs/evaluation/04_examples.ipynb #cell-017
+# %% ../../nbs/evaluation/04_examples.ipynb #cell-015
 def chosen_users(
     kinds: np.ndarray,  # (U,) kind of each user's target
     count: int,  # how many users
@@ -93,7 +93,7 @@ def chosen_users(
     return np.sort(np.array(list(dict.fromkeys([*first, *order]))[:count], np.int64))
 
 
-# %% ../../nbs/evaluation/04_examples.ipynb #cell-020
+# %% ../../nbs/evaluation/04_examples.ipynb #cell-018
 def small_jpeg(picture: bytes, side: int = 80) -> str:  # a data URI
     "A picture as a page carries it: whole, on white, at most `side` pixels."
     buffer, image = io.BytesIO(), Image.open(io.BytesIO(picture)).convert("RGBA")
@@ -104,7 +104,7 @@ def small_jpeg(picture: bytes, side: int = 80) -> str:  # a data URI
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-# %% ../../nbs/evaluation/04_examples.ipynb #cell-022
+# %% ../../nbs/evaluation/04_examples.ipynb #cell-020
 def item_cards(
     data: Data,
     raw: Path,  # raw folder, where pictures are
@@ -130,7 +130,7 @@ def item_cards(
     return cards
 
 
-# %% ../../nbs/evaluation/04_examples.ipynb #cell-023
+# %% ../../nbs/evaluation/04_examples.ipynb #cell-021
 def top_ten(
     scorer: Callable,  # scorer(histories, users) -> (B, N) scores
     h: Histories,
@@ -146,7 +146,7 @@ def top_ten(
     return best.indices.numpy(), best.values.numpy()
 
 
-# %% ../../nbs/evaluation/04_examples.ipynb #cell-026
+# %% ../../nbs/evaluation/04_examples.ipynb #cell-024
 def _list_entry(ids: list[str], item: int, score: float, near: list[tuple[int, float]]) -> dict:
     "An item of a top ten with its score and its nearest events."
     nearest = [[ids[event], round(cosine, 3)] for event, cosine in near]
@@ -162,7 +162,7 @@ def _rounded_shares(model: UniRec, items: np.ndarray, ids: list[str]) -> dict[st
     }
 
 
-# %% ../../nbs/evaluation/04_examples.ipynb #cell-027
+# %% ../../nbs/evaluation/04_examples.ipynb #cell-025
 def examples(
     data: Data,  # a data set with its catalogue
     raw: Path,  # raw folder, where pictures are

@@ -11,10 +11,14 @@ __all__ = [
     "training_batches",
     "last_batches",
     "visible_events",
+    "at_positions",
     "seen_items_mask",
     "first_fit",
     "pack_rows",
     "same_window",
+    "packed_rows",
+    "last_of_each",
+    "packed_batches",
 ]
 
 # %% ../../nbs/model/04_events.ipynb #cell-003
@@ -89,6 +93,7 @@ class Events:
             "time": self.time[rows],
             "rating": self.rating[rows],
             "review": self.review[rows],
+            "index": index,
             "positions": positions,
             "events": torch.tensor(int((positions >= 0).sum())),
         }
@@ -174,7 +179,18 @@ def visible_events(
     position = batch["positions"][..., None]
     event = torch.arange(batch["items"].shape[1], device=batch["items"].device)
     visible = (event <= position) & batch["present"][:, None]
+    if "window" in batch:  # several windows in a row
+        own = batch["window"].gather(1, batch["positions"].clamp_min(0))
+        visible = visible & (batch["window"][:, None] == own[..., None])
     return visible, (position - event).clamp(0, longest - 1)
+
+
+def at_positions(
+    states: Tensor,  # (B, T, D)
+    positions: Tensor,  # (B, P) long, -1 = padding (its result means nothing)
+) -> Tensor:  # (B, P, D)
+    "The states at each position's last event."
+    return states.gather(1, positions.clamp_min(0)[..., None].expand(-1, -1, states.shape[2]))
 
 
 # %% ../../nbs/model/04_events.ipynb #cell-021
@@ -235,3 +251,70 @@ def same_window(
     "Places of the same window that are not later; a place without a window reads places without one."
     later = torch.ones(window.shape[1], window.shape[1], dtype=torch.bool, device=window.device).triu(1)
     return (window[:, :, None] == window[:, None]) & ~later
+
+
+# %% ../../nbs/model/04_events.ipynb #cell-027
+def packed_rows(
+    events: Events,
+    index: Tensor,  # (W, T) long event index of each window, -1 = padding at the right
+    capacity: int,  # places of a row
+) -> tuple[
+    dict[str, Tensor], Tensor
+]:  # the batch without positions; (W,) flat place of each window's last event
+    "Windows in rows of `capacity` places; `window` (B, L) says which one a place belongs to, -1: none."
+    real = index >= 0
+    counts = real.sum(1).numpy()
+    rows, places, of_place = pack_rows(counts, capacity)
+    packed = torch.full((int(rows.max()) + 1, capacity), -1)
+    window = packed.clone()
+    packed[rows, places], window[rows, places] = index[real], torch.as_tensor(of_place)
+    ends = torch.as_tensor((rows * capacity + places)[counts.cumsum() - 1])
+    return events.batch(packed, torch.full_like(packed, -1)) | {"window": window}, ends
+
+
+def last_of_each(
+    events: Events,
+    index: Tensor,  # (W, T) long event index of each window, -1 = padding at the right
+    packed: bool = False,  # several windows a row?
+) -> tuple[
+    dict[str, Tensor], Tensor
+]:  # the batch; (W,) long, where the flat queries (B * P) have each window's
+    "Windows with a query at their last event."
+    if packed:
+        batch, ends = packed_rows(events, index, index.shape[1])
+        batch["positions"] = torch.where(batch["present"], torch.arange(index.shape[1]), -1)
+        return batch, ends
+    count = (index >= 0).sum(1)
+    batch = events.batch(index[:, : max(1, int(count.max()))], (count - 1)[:, None])
+    return batch, torch.arange(len(index))
+
+
+# %% ../../nbs/model/04_events.ipynb #cell-028
+def packed_batches(
+    h: Histories,
+    events: Events,
+    history: int,  # events a window and places a row
+    size: int,  # windows per batch
+    seed: int,
+    epoch: int,
+    steps: int = 1,  # at least so many batches: a small data set is passed several times
+) -> list[
+    dict[str, Tensor]
+]:  # batches with `window` and `targets` (B, L), and `ids` (B, L) the rows of users
+    "All windows of one epoch, several in a row, with a query and a target at every event."
+    batches, turn, user = [], 0, torch.as_tensor(h.users)
+    while len(batches) < steps:
+        rng = np.random.default_rng([seed, epoch, turn])
+        cut = torch.as_tensor(rng.permutation(windows(h, history, rng)))
+        for part in cut.split(size):
+            # an event is followed by the next one of its window
+            batch, _ = packed_rows(events, torch.where(part[:, 1:] >= 0, part[:, :-1], -1), history)
+            here, at = batch["present"].nonzero(as_tuple=True), batch["index"]
+            batch["positions"][here], batch["targets"] = here[1], torch.full_like(at, -1)
+            batch["targets"][here], batch["ids"] = (
+                events.items[at[here] + 1],
+                torch.where(at < 0, -1, user[at]),
+            )
+            batches.append(batch | {"events": torch.tensor(len(here[0]))})
+        turn += 1
+    return batches

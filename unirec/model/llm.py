@@ -13,6 +13,7 @@ __all__ = [
     "load_llm",
     "lora_modules",
     "adapted",
+    "Reader",
 ]
 
 # %% ../../nbs/model/07_llm.ipynb #cell-003
@@ -241,3 +242,33 @@ def adapted(body: nn.Module, config: LLMConfig) -> nn.Module:
         target_modules=lora_modules(body),
     )
     return get_peft_model(body, lora)
+
+
+# %% ../../nbs/model/07_llm.ipynb #cell-024
+class Reader(nn.Module):
+    "A language model that reads vectors, and a head on its hidden states."
+
+    prompt: Tensor  # (C, D) the constant text
+
+    def __init__(self, config: LLMConfig, out: int):  # out: width of the query
+        super().__init__()
+        body, prompt, self.rms, self.weights_sha256, self.words = load_llm(config)
+        self.body, self.width = adapted(body, config), prompt.shape[1]
+        self.register_buffer("prompt", prompt, persistent=False)
+        self.norm, self.head = nn.LayerNorm(self.width), nn.Linear(self.width, out)
+
+    def states(
+        self,
+        x: Tensor,  # (B, L, D)
+        mask: Tensor,  # (B, 1, L, L) bool, True = may read; or (B, L), 1 = no padding
+        ids: Tensor,  # (B, L) long, positions
+    ) -> Tensor:  # (B, L, D)
+        "The body's last hidden states, read in the type of its weights."
+        x = x.to(next(self.body.parameters()).dtype)
+        return self.body(
+            inputs_embeds=x, attention_mask=mask, position_ids=ids.clamp_min(0), use_cache=False
+        ).last_hidden_state
+
+    def read(self, states: Tensor) -> Tensor:  # (..., D) -> (..., out)
+        "The query out of the LLM's last hidden state."
+        return self.head(self.norm(states.float()))

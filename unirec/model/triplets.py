@@ -34,9 +34,7 @@ class TripletConfig:
     "Settings of the triplet encoder; raises ValueError for a form or a source of names that is not known."
 
     width: int = 128  # of h
-    use_id: bool = False  # is the item's id one of its attributes (`unirec_id`)?
     attribute_dropout: float = 0.1  # chance that a triplet is left out in training
-    id_dropout: float = 0.5  # the same for the id, which overfits
     value_dropout: float = 0.1  # ordinary dropout on value vectors
     form: str = "sum"  # how name, type and value are joined, one of FORMS
     names: str = "text"  # vectors of names and types: by the text encoder, or a learned table
@@ -53,7 +51,7 @@ class TripletConfig:
 # %% ../../nbs/model/01_triplets.ipynb #cell-011
 def drop_slots(
     mask: Tensor,  # (..., A) bool, True = present
-    chance: Tensor,  # (..., A) chance of leaving a slot out
+    chance: float,  # of leaving a slot out
 ) -> Tensor:  # (..., A) bool
     "Leave slots out at random; an item that would lose all of them keeps all."
     kept = mask & (torch.rand(mask.shape, device=mask.device) >= chance)
@@ -63,12 +61,11 @@ def drop_slots(
 # %% ../../nbs/model/01_triplets.ipynb #cell-014
 def drop_modalities(
     mask: Tensor,  # (n, A) bool, True = present
-    table: Tensor,  # (n, A) long, which of TABLES each slot's value is in; len(TABLES) = id
+    table: Tensor,  # (n, A) long, which of TABLES each slot's value is in
     chance: float,  # of leaving one table of an item out
 ) -> Tensor:  # (n, A) bool
     "Leave out all slots of a table at once, per item; an item that would lose everything keeps everything."
-    out = torch.rand(len(mask), len(TABLES) + 1, device=mask.device) < chance
-    out[:, -1] = False
+    out = torch.rand(len(mask), len(TABLES), device=mask.device) < chance
     kept = mask & ~out.gather(1, table)
     return torch.where(kept.any(-1, keepdim=True), kept, mask)
 
@@ -135,8 +132,7 @@ class TripletEncoder(nn.Module):
             [n for n in TABLES if len(catalogue.tables[n])],
             config.names == "text",
         )
-        # the id is the last attribute
-        types = distinct_types(catalogue.types if config.use_id else catalogue.types[:-1])
+        types = distinct_types(catalogue.types[:-1])  # the last attribute is the id, which is no triplet
         if "name" in FORMS[config.form]:
             self.name_projection = (
                 nn.Linear(catalogue.names.shape[1], config.width, bias=False)
@@ -150,13 +146,9 @@ class TripletEncoder(nn.Module):
                 else nn.Embedding(int(types.max()) + 1, config.width)
             )
         self.value = nn.ModuleDict({n: nn.Linear(catalogue.widths[n], config.width) for n in self.tables})
-        self.ids = nn.Embedding(len(catalogue), config.width) if config.use_id else None
         for table in self.modules():
             if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=0.5)
-        # an id says nothing before it has learned something
-        if self.ids is not None:
-            nn.init.normal_(self.ids.weight, std=0.02)
         self.join, self.norm, self.dropout = (
             Join(config.form, config.width),
             nn.LayerNorm(config.width),
@@ -182,8 +174,6 @@ class TripletEncoder(nn.Module):
             if len(mine):
                 out.append(self.value[n](c.tables[n][mine]))
             start = stop
-        if self.ids is not None:
-            out.append(self.ids(rows[rows >= start] - start))
         return self.dropout(torch.cat(out)) if len(rows) else self.norm.weight.new_zeros(1, self.config.width)
 
     def forward(
@@ -192,17 +182,14 @@ class TripletEncoder(nn.Module):
         items: Tensor | None = None,  # (n,) item indices, None: all
     ) -> tuple[Tensor, Tensor]:  # h (n, A, width), mask (n, A) bool
         "Triplets and which of them are there."
-        attr, value, mask = (x if items is None else x[items] for x in (c.attr, c.value, c.mask))
-        # the id is the last slot
-        if self.ids is None:
-            attr, value, mask = attr[:, :-1], value[:, :-1], mask[:, :-1]
+        # the last slot is the id
+        attr, value, mask = (x[:, :-1] if items is None else x[items, :-1] for x in (c.attr, c.value, c.mask))
         rows, place = torch.unique(value[mask], return_inverse=True)
         index = torch.zeros_like(value)
         index[mask] = place
         h = self.norm(self.join(list(self.parts(c).values()), self.values(c, rows), attr, index))
         if self.training:
-            chance = torch.where(attr == c.id_attr, self.config.id_dropout, self.config.attribute_dropout)
             if self.config.modality_dropout:
                 mask = drop_modalities(mask, c.encoder[attr], self.config.modality_dropout)
-            mask = drop_slots(mask, chance)
+            mask = drop_slots(mask, self.config.attribute_dropout)
         return h, mask

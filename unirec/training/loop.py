@@ -190,7 +190,7 @@ def _collect(
 
 def _named_rows(batch: dict) -> str:
     "The ids of a batch's rows for a message; empty for a batch without ids."
-    ids = batch.get("ids", torch.empty(0)).flatten().tolist()
+    ids = [i for i in batch.get("ids", torch.empty(0)).unique().tolist() if i >= 0]
     more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
     return f" (ids {', '.join(map(str, ids[:8]))}{more})" if ids else ""
 
@@ -257,6 +257,7 @@ def _epoch(
         if due:
             run.seconds = time.perf_counter() - since
             save()
+            module.train()  # what a model keeps between steps begins anew, as in a run that is resumed here
     run.seconds = time.perf_counter() - since
 
 

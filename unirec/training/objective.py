@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.device import keep_memory
 from ..encoders.catalogue import Data, item_vectors
 from ..evaluation.metrics import validation_figures
-from ..model.events import Events, seen_items_mask, training_batches, visible_events
+from ..model.events import Events, packed_batches, seen_items_mask, training_batches, visible_events
 from ..model.hierarchy import EncoderConfig, Reconstruction
 from ..model.llm import LLMConfig
 from unirec.model.losses import (
@@ -36,6 +37,7 @@ from unirec.model.losses import (
     two_views,
 )
 from ..model.recommender import UniRec
+from .kept import KeptTable, MovingAverage
 from .loop import FitConfig, fit
 from .resume import code_hash, data_hash
 
@@ -60,6 +62,8 @@ class LossConfig:
     unseen: bool = False
     # do items of the user's history compete for the next one? The ranking leaves out all but the target
     seen: bool = False
+    # steps between two encodings of the catalogue; 1: every step encodes what it needs
+    refresh: int = 1
     # cosine of frozen vectors from which on two items count as one and are no negatives of each other; 0: off
     duplicates: float = 0.0
 
@@ -68,6 +72,8 @@ class LossConfig:
             raise ValueError(f"loss.softmax {self.softmax!r}: use one of {', '.join(SOFTMAX)}")
         if self.positives not in POSITIVES:
             raise ValueError(f"loss.positives {self.positives!r}: use one of {', '.join(POSITIVES)}")
+        if not isinstance(self.refresh, int) or self.refresh < 1:
+            raise ValueError(f"loss.refresh {self.refresh!r}: expected a whole number of steps, at least 1")
 
     def candidates(self, n_items: int) -> str:
         "full, sampled or in_batch, for a catalogue of this size."
@@ -114,7 +120,7 @@ def next_item_loss(
     model: UniRec,
     batch: dict[str, Tensor],  # as `unirec.model.events.training_batches` makes them
     config: LossConfig,
-    table: Tensor | None = None,  # (N, K_item, width) tokens of all items, where they do not change
+    table: Tensor | None = None,  # (N, K_item, width) tokens of all items without ids, where they are known
     share: Tensor | None = None,  # (N,) of each item among the train targets, for in_batch
     groups: Tensor | None = None,  # (N,) group of near duplicates of each item
 ) -> tuple[Tensor, Tensor, Tensor]:  # the loss; (n, K_item, width) tokens; (n,) the items that have them
@@ -125,12 +131,14 @@ def next_item_loss(
     competes = torch.ones_like(c.in_train) if config.unseen else c.in_train.index_fill(0, targets, True)
     able = competes.nonzero()[:, 0]
     if config.candidates(n) == "full":
-        tokens, items = model.items(c) if table is None else table, torch.arange(n, device=targets.device)
+        tokens = model.items.with_ids(c, model.items.content(c) if table is None else table)
+        items = torch.arange(n, device=targets.device)
         scored, row, log_q = able, torch.searchsorted(able, targets), None
     else:
         listed, row, log_q = _listed_candidates(config, targets, able, share)
         items, place = torch.cat([listed, batch["items"].flatten()]).unique(return_inverse=True)
-        tokens = model.items(c, items) if table is None else table[items]
+        content = model.items.content(c, items) if table is None else table[items]
+        tokens = model.items.with_ids(c, content, items)
         scored, batch = place[: len(listed)], batch | {"items": place[len(listed) :].view_as(batch["items"])}
     vectors, temperature = model.items.embed(tokens), model.temperature()
     queries = model.query(tokens, batch, vectors=vectors)[wanted]
@@ -209,47 +217,6 @@ def step_loss(
 
 
 # %% ../../nbs/training/03_objective.ipynb #cell-021
-class MovingAverage(nn.Module):
-    "Moving averages of a module's trainable weights."
-
-    def __init__(self, module: nn.Module, decay: float):
-        super().__init__()
-        if not 0 < decay < 1:
-            raise ValueError(
-                f"average is {decay}: expected a decay between 0 and 1 a step, 0.99 for instance, or 0 for"
-                " none"
-            )
-        self.decay, self.names = decay, [n for n, p in module.named_parameters() if p.requires_grad]
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        for n, p in self.pairs(module):
-            self.register_buffer(n, p.detach().clone())
-
-    def pairs(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        "Name of the average, and the weight."
-        parameters = dict(module.named_parameters())
-        return [(n.replace(".", "/"), parameters[n]) for n in self.names]
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        "Follow the weights, where a step begins: as long as no weight has a gradient."
-        pairs = self.pairs(module)
-        if any(p.grad is not None for _, p in pairs):
-            return
-        decay = ((1 + self.steps) / (10 + self.steps)).clamp(max=self.decay)
-        for n, p in pairs:
-            getattr(self, n).lerp_(p.detach(), 1 - decay)
-        self.steps += 1
-
-    @torch.no_grad()
-    def swap(self, module: nn.Module) -> None:
-        "Exchange the weights for their averages; a second call exchanges them back."
-        for n, p in self.pairs(module):
-            kept = p.detach().clone()
-            p.copy_(getattr(self, n))
-            getattr(self, n).copy_(kept)
-
-
-# %% ../../nbs/training/03_objective.ipynb #cell-024
 class Objective(nn.Module):
     "A model, its reconstruction head and its losses; called with a batch, it gives the losses."
 
@@ -265,6 +232,7 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.model, self.config, self.recon, self.frozen, self.table = model, config, recon, frozen, None
+        self.kept = KeptTable(config.refresh)
         self.register_buffer("share", share, persistent=False)
         self.register_buffer("groups", groups, persistent=False)
         if frozen:
@@ -277,22 +245,31 @@ class Objective(nn.Module):
 
     def train(self, mode: bool = True) -> "Objective":
         super().train(mode)
+        self.kept.reset()
         if self.frozen:
             self.model.items.eval()
             self.model.users.eval()
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        content = partial(self.model.items.content, self.model.catalogue)
         if self.frozen and self.table is None:
             with torch.no_grad():
-                self.table = self.model.items(self.model.catalogue)
+                self.table = content()
         if self.average is not None and self.training:
             self.average.update(self.model)
-        return step_loss(self.model, batch, self.config, self.recon, self.table, self.share, self.groups)
+        table, carried = self.table, None
+        if self.training and not self.frozen and self.config.refresh > 1:
+            table, carried = self.kept(content)
+        out = step_loss(self.model, batch, self.config, self.recon, table, self.share, self.groups)
+        if carried is not None:
+            out["loss"], out["shared"] = out["loss"] + carried, out["shared"] + carried
+        return out
 
     @contextmanager
     def evaluated(self) -> Iterator[UniRec]:
         "The model as it is evaluated and saved: averaged weights, and the catalogue's exact means."
+        self.kept.reset()
         if self.average is not None:
             self.average.swap(self.model)
         if not self.frozen:
@@ -304,7 +281,7 @@ class Objective(nn.Module):
                 self.average.swap(self.model)
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-027
+# %% ../../nbs/training/03_objective.ipynb #cell-024
 MODES = ("decoupled", "frozen_encoder", "end_to_end")
 
 
@@ -331,7 +308,7 @@ def _objective(
     return Objective(model, loss, recon, share, groups, frozen, average)
 
 
-# %% ../../nbs/training/03_objective.ipynb #cell-028
+# %% ../../nbs/training/03_objective.ipynb #cell-025
 def train(
     data: Data,  # has no way to the test split
     encoder: EncoderConfig,
@@ -356,8 +333,11 @@ def train(
     model, events = objective.model, Events.of(data.train)
 
     def epoch_batches(epoch: int) -> list[dict]:
-        sizes = batches["positions"], batches["size"], fit_config.seed, epoch, batches["steps"]
-        drawn = training_batches(data.train, events, encoder.history, *sizes)
+        sizes = batches["size"], fit_config.seed, epoch, batches["steps"]
+        if model.causal:
+            drawn = packed_batches(data.train, events, encoder.history, *sizes)
+        else:
+            drawn = training_batches(data.train, events, encoder.history, batches["positions"], *sizes)
         return [b | {"tokens": model.count_tokens(b)} for b in drawn[: batches.get("most") or None]]
 
     def validate(trained: Objective) -> dict:
