@@ -383,7 +383,7 @@ class OpenClipImage(ImageTower):
     def read(self, data: bytes) -> Tensor:  # (3, size, size)
         "Decode one file as the model needs it; raises ValueError for what is no picture."
         visual, preprocess = self.parts
-        size = visual.image_size
+        size: Any = visual.image_size  # pixels, or height and width
         side = max(size) if isinstance(size, (tuple, list)) else size
         return preprocess(open_picture(data, enough=2 * side))
 
