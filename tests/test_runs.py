@@ -175,7 +175,7 @@ def test_code_is_that_of_the_model():
 def _record(root: str, number: int) -> None:
     "Record ten made-up runs (in a process of its own)."
     study = Study(name="toy", **toy_study())
-    ranks = pd.DataFrame({"user": [0, 1], "position": 1, "full": [1.0 + number, 2.5], "new": True})
+    ranks = pd.DataFrame({"user": [0, 1], "position": 1, "full": [1.0 + number, 2.5], "target": "new"})
     for i in range(10):
         row = {
             "run": f"{number}-{i}",
@@ -264,8 +264,11 @@ def test_pictures_that_are_gone_are_an_error(project):
 def test_last5_gives_every_user_the_same_weight(project):
     run_study(project, "models", Selection(protocols=["last5"], variants=["markov"]))
     row, ranks = rows_of(project, "models").iloc[0], read_ranks(project, load_study(project, "models")[0])
+    assert ranks.position.max() == 5 and ranks.user.nunique() == 60
+    counted = [row[f"{kind}_targets"] for kind in ("new", "repeated", "cold")]
+    assert counted == [(ranks.target == kind).sum() for kind in ("new", "repeated", "cold")]
+    ranks = ranks[ranks.target == "new"]
     per_user = (1 / ranks.full).groupby(ranks.user).mean()
-    assert ranks.position.max() == 5 and len(per_user) == 60
     assert row.full_mrr == pytest.approx(per_user.mean(), abs=1e-6)
 
 

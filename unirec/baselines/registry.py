@@ -213,6 +213,7 @@ class Trained:
     parameters: int = 0  # that were trained
     others: dict = field(default_factory=dict)  # further scorers of the same run, by name
     net: UniRec | None = None
+    kept: dict = field(default_factory=dict)  # of a model with two stages: `pipeline.stages.kept_model`
 
 
 # %% ../../nbs/baselines/06_registry.ipynb #cell-018

@@ -40,7 +40,7 @@ from ..data.sources import download
 from ..data.splits import last_k, train_aggregate
 from ..encoders.catalogue import Catalogue, Data, load, load_test
 from ..encoders.modalities import TABLES
-from ..evaluation.metrics import full_ranks, last_ranks, ranks
+from ..evaluation.metrics import TARGETS, full_ranks, last_ranks, ranks
 from ..model.recommender import UniRec
 from ..pipeline.stages import embed, towers, toy_params
 from ..training.resume import data_hash
@@ -334,7 +334,7 @@ def rank_table(
     inputs: Inputs,  # that it is tested on
     protocol: str,  # leave_one_out, last5
     seed: int,  # of the order of ties
-) -> pd.DataFrame:  # user, position, full, ..., new
+) -> pd.DataFrame:  # user, position, full, ..., target
     "Ranks of all test events by a trained model."
     if protocol == "leave_one_out":
         histories, targets, candidates, _ = load_test(inputs.prepared, inputs.data)
@@ -348,30 +348,35 @@ def rank_table(
         table = last_ranks(trained.scorer, histories, events).rename(columns={"rank": "full"})
         for name, scorer in trained.others.items():
             table[f"full_{name}"] = last_ranks(scorer, histories, events)["rank"].to_numpy()
-    new = _new_events(inputs.prepared).assign(new=True)
-    return table.merge(new, on=["user", "position"], how="left").assign(new=lambda t: t.new.eq(True))
+    return table.merge(_kinds_of_events(inputs.prepared), on=["user", "position"])
 
 
-def _new_events(prepared: Path) -> pd.DataFrame:  # user, position
-    "The test events whose item the user has not had before."
+def _kinds_of_events(prepared: Path) -> pd.DataFrame:  # user, position, target
+    "The kind of every test event: a word of `TARGETS`."
     parts = {
         part: pd.read_parquet(prepared / f"{part}.parquet", columns=["user", "item"])
         for part in ("train", "valid", "test")
     }
-    repeats = pd.concat(parts, names=["part", "row"]).duplicated()["test"]
-    test = parts["test"].assign(position=parts["test"].groupby("user").cumcount() + 1)
-    return test.loc[~repeats.to_numpy(), ["user", "position"]].reset_index(drop=True)
+    repeated = pd.concat(parts, names=["part", "row"]).duplicated()["test"].to_numpy()
+    test, cold = parts["test"], ~parts["test"].item.isin(parts["train"].item).to_numpy()
+    kinds = np.select([repeated, cold], ["repeated", "cold"], "new")
+    position = test.groupby("user").cumcount() + 1
+    return test[["user"]].assign(position=position, target=kinds).reset_index(drop=True)
 
 
 def rank_figures(table: pd.DataFrame) -> dict[str, float]:  # of `rank_table`
-    "MRR of every column of ranks; Hit@10 and NDCG@10 of the protocols' own. Each user counts once."
+    """MRR of every column of ranks; Hit@10 and NDCG@10 of the protocols' own. Each user counts once.
+
+    Of the new targets; `repeated_mrr` and `cold_mrr` are of the others in the whole catalogue (NaN: none)."""
 
     def mean(values: pd.Series) -> float:
         return float(values.groupby(table.user).mean().mean())
 
-    out = {}
-    for column in table.columns.difference(["user", "position", "new"], sort=False):
-        rank = table[column]
+    out: dict[str, float] = {f"{kind}_targets": int((table.target == kind).sum()) for kind in TARGETS}
+    out |= {f"{kind}_mrr": mean(1 / table.full[table.target == kind]) for kind in TARGETS if kind != "new"}
+    counted = table[table.target == "new"]
+    for column in table.columns.difference(["user", "position", "target"], sort=False):
+        rank = counted[column]
         out[f"{column}_mrr"] = mean(1 / rank)
         if column == "full" or column.startswith("sampled"):
             out[f"{column}_hit@10"] = mean((rank <= 10).astype(float))

@@ -14,6 +14,7 @@ __all__ = [
     "pairs",
     "judge",
     "made_up",
+    "stage1_kept",
     "comparison_table",
 ]
 
@@ -25,6 +26,7 @@ import pandas as pd
 from scipy import stats
 
 from ..baselines.registry import BASELINES
+from ..evaluation.metrics import TARGETS
 from unirec.evaluation.significance import (
     compare_models,
     detectable,
@@ -40,16 +42,17 @@ from ..model.recommender import MODELS
 # %% ../../nbs/experiments/05_judge.ipynb #cell-006
 LEAST_SEEDS = 3
 RULE = (
-    "**The rule.** A contrast names a variant and its rivals. Per data set and protocol, the difference of"
-    " the test MRR to each rival, over the test events whose item is new to the user, is tested over users"
-    " and seeds (seed by seed where both go on from one stage 1, or are one model), with Holm's correction"
-    " over all pairs of the study there. It **holds** where the variant is better than every rival:"
-    " corrected p below 0.05. It **does not hold** where at least one rival is better by the same measure,"
-    " or where the whole interval to a rival (corrected for the number of pairs) lies below the smallest"
-    " gain that counts, {margin:.0%} of the rival's MRR. Everything else is **undecided**, and the smallest"
-    " difference that would be found four times in five stands beside it. With fewer than"
-    f" {LEAST_SEEDS} seeds on either side, or fewer in which the two are not one model to the last weight,"
-    " nothing is decided. In a null world, where nothing can be gained, a contrast must not hold."
+    "**The rule.** A contrast names a variant and its rivals. Per data set and protocol, the difference "
+    "of the test MRR to each rival, over the test events whose item is new to the user and known to "
+    "train, is tested over users and seeds (seed by seed where both go on from one stage 1, or are one "
+    "model), with Holm's correction over all pairs of the study there. It **holds** where the variant is "
+    "better than every rival: corrected p below 0.05. It **does not hold** where at least one rival is "
+    "better by the same measure, or where the whole interval to a rival (corrected for the number of "
+    "pairs) lies below the smallest gain that counts, {margin:.0%} of the rival's MRR. Everything else is"
+    " **undecided**, and the smallest difference that would be found four times in five stands beside it."
+    f" With fewer than {LEAST_SEEDS} seeds on either side, or fewer in which the two are not one model to "
+    "the last weight, nothing is decided. In a null world, where nothing can be gained, a contrast must "
+    "not hold."
 )
 
 
@@ -82,12 +85,12 @@ def ranks_by_variant(
     record: Record,  # of `load_record`
     dataset: str,  # a name under `sets`
     protocol: str,  # leave_one_out, last5
-    every: bool = False,  # over every test event; False: those that are new to the user
+    every: bool = False,  # over every test event; False: the new targets
 ) -> dict[str, pd.DataFrame]:  # variant -> (seeds, users)
     "Reciprocal ranks, mean over a user's test events; raises ValueError where a run has no ranks."
     study, rows = record.study, record.rows
     rows = rows[(rows.dataset == dataset) & (rows.protocol == protocol)].sort_values("seed")
-    ranks = record.ranks if every else record.ranks[record.ranks.new.astype(bool)]
+    ranks = record.ranks if every else record.ranks[record.ranks.target == "new"]
     means = (1 / ranks.full).groupby([ranks.run, ranks.user]).mean()
     advice = f"run `unirec run {study.name}`"
     if lacking := sorted(set(rows.run) - set(record.ranks.run)):
@@ -182,7 +185,7 @@ def compare_pair(
 # %% ../../nbs/experiments/05_judge.ipynb #cell-018
 def pairs(
     record: Record,  # of `load_record`
-    every: bool = False,  # over every test event, not the new ones alone
+    every: bool = False,  # over every test event, not the new targets alone
     apart: bool = False,  # seeds of all variants are drawn apart
     test: Callable = seeds_and_users,  # of two arrays (seeds, users), where stage 1 differs
     differing: bool = False,  # without the seeds in which both are one model
@@ -289,7 +292,7 @@ def made_up(
     "Runs with ranks drawn around a strength, without effect in null worlds: for tests and demonstrations."
     rows, ranks, rng = [], [], np.random.default_rng(0)
     ease = rng.normal(0, 1, users)
-    new = np.arange(users) % 10 > 0
+    target = np.where(np.arange(users) % 10 > 0, "new", "repeated")
     for protocol, seed, dataset, name in planned(study):
         if name not in strength or dataset not in datasets or seed not in seeds:
             continue
@@ -303,17 +306,19 @@ def made_up(
                 "dataset": dataset,
                 "variant": name,
                 "valid_mrr": (1 / rank).mean(),
-                "full_mrr": (1 / rank).mean(),
-                "new_mrr": (1 / rank[new]).mean(),
-                "full_hit@10": (rank <= 10).mean(),
-                "full_ndcg@10": ((rank <= 10) / np.log2(1 + rank)).mean(),
+                "full_mrr": (1 / rank[target == "new"]).mean(),
+                "full_hit@10": (rank <= 10)[target == "new"].mean(),
+                "full_ndcg@10": ((rank <= 10) / np.log2(1 + rank))[target == "new"].mean(),
+                "repeated_mrr": (1 / rank[target == "repeated"]).mean(),
+                "cold_mrr": np.nan,
+                **{f"{kind}_targets": int((target == kind).sum()) for kind in TARGETS},
                 "seconds": 10.0,
                 "parameters": 1000,
                 "stale": False,
             }
         )
-        of_run = {"run": rows[-1]["run"], "user": np.arange(users), "position": 1, "full": rank, "new": new}
-        ranks.append(pd.DataFrame(of_run))
+        of_run = {"run": rows[-1]["run"], "user": np.arange(users), "position": 1, "full": rank}
+        ranks.append(pd.DataFrame(of_run | {"target": target}))
     return Record(study, pd.DataFrame(rows), pd.concat(ranks), len(planned(study)))
 
 
@@ -331,12 +336,23 @@ def _whole_seeds(
     return rows.loc[~rows.variant.isin(drawn) | (rows.variant.isin(whole) & rows.seed.isin(kept))]
 
 
+def stage1_kept(
+    rows: pd.DataFrame,  # recorded runs; `kept`, where a model has two stages
+) -> float:  # NaN: not known, or no such model
+    "In how many runs stage 1's weights were kept, so that the language model took no part."
+    known = rows.kept.dropna() if "kept" in rows else []
+    return float((known == "stage 1").sum()) if len(known) else np.nan
+
+
 def _beside_the_best(
     rows: pd.DataFrame,  # of one data set and protocol; `variant` is a model's name
     ranks: pd.DataFrame,  # of their runs
 ) -> pd.DataFrame:  # as `compare_models`, for each column of ranks and each reference
-    "Every model against the best baseline by validation, and by test; raises ValueError where none ran."
+    """Every model against the best baseline by validation, and by test; raises ValueError where none ran.
+
+    Of the new targets by every column of ranks, and of `repeated` and `cold` ones in the whole catalogue."""
     means = rows.groupby("variant", sort=False)[["valid_mrr", "full_mrr", "seconds", "parameters"]].mean()
+    means["kept_stage1"] = {name: stage1_kept(part) for name, part in rows.groupby("variant")}
     baselines = means[means.index.isin(list(BASELINES))]
     if baselines.empty:
         raise ValueError("no baseline among the runs: nothing to compare with")
@@ -344,16 +360,21 @@ def _beside_the_best(
     for split, column in (("valid", "valid_mrr"), ("test", "full_mrr")):
         references.setdefault(baselines[column].idxmax(), []).append(split)
     ranks = ranks.merge(rows[["run", "seed"]].assign(model=rows.variant), on="run")
+    counted = ranks[ranks.target == "new"]
     columns = [c for c in ranks if c in ("full", "full_shuffled") or c.startswith("sampled")]
-    tables = {column: ranks for column in columns if bool(ranks[column].notna().all())}
-    if 0 < ranks.new.sum() < len(ranks):
-        tables["full_new"] = ranks[ranks.new.astype(bool)].assign(full_new=ranks.full)
+    tables = {column: counted for column in columns if bool(counted[column].notna().all())}
+    for kind in TARGETS:
+        part = ranks[ranks.target == kind]
+        if kind != "new" and part.user.nunique() > 1:  # an interval needs two users
+            tables[kind] = part.assign(**{kind: part.full})
     out = []
     for column, table in tables.items():
         for reference, best_by in references.items():
             compared = compare_models(table, reference, column)
             compared = compared.assign(ranks=column, best_by=" and ".join(best_by))
-            out.append(compared.join(means[["valid_mrr", "seconds", "parameters"]], on="model"))
+            out.append(
+                compared.join(means[["valid_mrr", "seconds", "parameters", "kept_stage1"]], on="model")
+            )
     order = ["ranks", "best_by", "mrr"]
     return pd.concat(out).sort_values(order, ascending=[True, True, False], kind="stable")
 

@@ -13,7 +13,7 @@ __all__ = [
     "drop_runs",
     "shared_run",
     "Record",
-    "new_mrr",
+    "figure_mrr",
     "load_record",
     "seconds_left",
     "is_settled",
@@ -56,9 +56,9 @@ def run_key(
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-008
 FOLDERS = {"question": "questions", "comparison": "comparison", "tuning": "comparison"}  # kind -> of results/
-_TEXTS = ("run", "dataset", "variant", "protocol", "stopped", "code", "data", "vectors")
+_TEXTS = ("run", "dataset", "variant", "protocol", "stopped", "kept", "code", "data", "vectors")
 _NEEDED = ("run", "dataset", "variant", "protocol", "seed", "code", "data")
-_RANKS = ("run", "user", "position", "full", "new")
+_RANKS = ("run", "user", "position", "full", "target")
 
 
 def record_path(
@@ -101,7 +101,7 @@ def read_runs(
 def read_ranks(
     root: Path,  # of the project
     study: Study,  # of `read_study`
-) -> pd.DataFrame:  # run, user, position, full, new, ...
+) -> pd.DataFrame:  # run, user, position, full, target, ...
     "The ranks of a study's runs; raises ValueError for a file that cannot be read, or ranks that are none."
     path = record_path(root, study, "ranks.parquet")
     if not path.exists():
@@ -118,7 +118,7 @@ def read_ranks(
         raise ValueError(
             f"{path}: run {row.run}, user {row.user} has rank {row.full}, expected 1 or more; {repair}"
         )
-    return ranks.astype({"run": str})
+    return ranks.astype({"run": str, "target": str})
 
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-012
@@ -134,7 +134,7 @@ def _replace_rows(path: Path, part: pd.DataFrame, run: str) -> None:
 
 def _replace_ranks(path: Path, ranks: pd.DataFrame) -> None:
     "Write all ranks of a study."
-    kinds = {"run": "category", "user": "int32", "position": "int16", "new": bool}
+    kinds = {"run": "category", "user": "int32", "position": "int16", "target": "category"}
     ranks = ranks.astype({name: kinds.get(name, "float32") for name in ranks})
     with atomic_path(path) as temporary:
         ranks.to_parquet(temporary, index=False, compression="zstd")
@@ -211,21 +211,18 @@ class Record:
 
     study: Study  # whose runs these are
     rows: pd.DataFrame  # a row a run: run, dataset, variant, seed, protocol, figures, seconds, code
-    ranks: pd.DataFrame  # run, user, position, full, new: is the item new to the user?
+    ranks: pd.DataFrame  # run, user, position, full, target: new, repeated or cold
     planned: int  # how many rows the study is to have
     stale: int = 0  # rows by an earlier state of the code
     others: int = 0  # rows of other settings or data, left out
 
 
-def new_mrr(
-    ranks: pd.DataFrame,  # run, user, full, new
+def figure_mrr(
+    ranks: pd.DataFrame,  # run, user, full, target
+    kind: str = "new",  # of targets
 ) -> pd.Series:  # run -> MRR
-    "MRR over the test events whose item is new to its user; each user counts once."
-    return _user_mean(ranks[ranks.new.astype(bool)])
-
-
-def _user_mean(ranks: pd.DataFrame) -> pd.Series:
-    "MRR of every run, each user counting once."
+    "MRR over the test events of one kind; each user counts once."
+    ranks = ranks[ranks.target == kind]
     return (1 / ranks.full).groupby([ranks.run, ranks.user]).mean().groupby("run").mean()
 
 
@@ -264,14 +261,13 @@ def load_record(
     ranks = ranks[ranks.run.isin(set(mine.run))]
     if len(ranks):
         _check_ranks(record_path(root, study, "runs.csv"), mine, ranks)
-    mine = mine.assign(new_mrr=mine.run.map(new_mrr(ranks)))
     return Record(study, mine, ranks, len(wanted), int(mine.stale.sum()), len(rows) - len(mine))
 
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-019
 def _check_ranks(path: Path, rows: pd.DataFrame, ranks: pd.DataFrame) -> None:
     "Is the MRR of each row that of its ranks?"
-    recomputed = rows.run.map(_user_mean(ranks))
+    recomputed = rows.run.map(figure_mrr(ranks))
     wrong = rows[(recomputed - rows.full_mrr).abs() > 1e-4 * rows.full_mrr]
     if len(wrong):
         row = wrong.iloc[0]

@@ -113,7 +113,7 @@ def _norm_share(net: UniRec, inputs: Inputs) -> float:
 
 def _kept_columns(study: Study, ranks: pd.DataFrame) -> pd.DataFrame:
     "The ranks that a study's tables are made from; a comparison has those by other protocols too."
-    kept = ["user", "position", "full", "new"]
+    kept = ["user", "position", "full", "target"]
     if study.kind == "comparison":
         kept += [c for c in ranks if c == "full_shuffled" or c.startswith("sampled")]
     return ranks.loc[:, kept]
@@ -158,6 +158,7 @@ def _do_run(
             row["llm_norm_share"] = _norm_share(trained.net, inputs)
         if "confusion" in study.records and is_trained and trained.net is not None:
             confusion = schema_confusion(trained.net)
+        row |= trained.kept
         row |= {"code": wanted.code, "data": wanted.data, "vectors": inputs.vectors}
         record_run(root, study, row, ranks, _curve(log) if is_trained else None, confusion)
         figure = "" if ranks is None else f", test {row['full_mrr']:.4f}"

@@ -319,6 +319,7 @@ class _Stages:
     first: Path | None  # None: end to end, which has no stage 1
     log: list[dict]  # a row an epoch, of both stages
     seconds: float
+    kept: dict  # which stage's weights are those of the model
 
 
 def _train_stages(
@@ -341,7 +342,8 @@ def _train_stages(
     config = EncoderConfig(**params["model"], use_id=MODELS[model])
     net = UniRec(data.catalogue, config, LLMConfig(**params["llm"])).restore(second / f"{model}.safetensors")
     log = [row for f in folders for row in json.loads((f / f"{model}.log.json").read_text())]
-    return _Stages(net, None if end_to_end else first, log, seconds)
+    kept = json.loads((second / f"{model}.kept.json").read_text())
+    return _Stages(net, None if end_to_end else first, log, seconds, kept)
 
 
 # %% ../../nbs/experiments/03_variants.ipynb #cell-038
@@ -377,4 +379,5 @@ def train_variant(
     epochs = sum(row["epoch"] > 0 or row["seconds"] > 0 for row in stages.log)
     size = sum(p.numel() for p in net.parameters() if p.requires_grad)
     stopped = stages.log[-1]["stopped"]
-    return Trained(net.scorer(), valid, epochs, stopped, stages.seconds, size, others, net), data, stages.log
+    trained = Trained(net.scorer(), valid, epochs, stopped, stages.seconds, size, others, net, stages.kept)
+    return trained, data, stages.log

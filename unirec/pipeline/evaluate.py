@@ -250,6 +250,8 @@ def evaluate(
     _write_csv(table, results / "comparison.csv")
     (results / "metrics.json").write_text(json.dumps(main_figures(counted), indent=1))
     shares = {name: llm_share(net, h, targets, new if len(new) else None) for name, net in nets.items()}
+    for name in nets:  # which stage's weights were kept
+        shares[name] |= json.loads((models / "finetune" / f"{name}.kept.json").read_text())
     (results / "llm_share.json").write_text(json.dumps(shares, indent=1))
     (results / "quality.json").write_text((prepared / "quality.json").read_text())
     lists = {name: scorer.lists for name, scorer in watched.items()}

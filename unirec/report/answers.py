@@ -27,11 +27,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..evaluation.significance import format_p
-from ..experiments.judge import LEAST_SEEDS, compare_pair, ranks_by_variant, stage1_settings
+from unirec.experiments.judge import (
+    LEAST_SEEDS,
+    compare_pair,
+    ranks_by_variant,
+    stage1_kept,
+    stage1_settings,
+)
 from ..experiments.record import FOLDERS, Record
 from ..experiments.study import Study, planned
 from .comparison import HELD_OUT
 from .figures import INK, OTHERS, PLOT_STYLE
+from .notes import APART, seeds_note
 from .tables import markdown_lines
 
 
@@ -93,16 +100,28 @@ def variant_table(
     for key, rows in record.rows.groupby(["protocol", "dataset"], sort=False):
         protocol, dataset = tuple(key)
         ranks = ranks_by_variant(record, dataset, protocol)
-        head = ["variant", "seeds", "MRR", "Hit@10", "NDCG@10", "MRR, new items"]
+        counts = rows.iloc[-1]
+        others = {kind: int(counts[f"{kind}_targets"]) for kind in APART if counts[f"{kind}_targets"] > 0}
+        head = ["variant", "seeds", "MRR", "Hit@10", "NDCG@10"]
+        head += [f"MRR, {kind} targets ({number:,})" for kind, number in others.items()]
         lines = [[*head, f"minus `{study.reference}`", "95% interval"]]
         for name in [n for n in (*study.trained, *study.test_time) if n in ranks]:
             of_variant = rows[rows.variant == name]
-            columns = ("full_mrr", "full_hit@10", "full_ndcg@10", "new_mrr")
+            columns = ["full_mrr", "full_hit@10", "full_ndcg@10", *(f"{kind}_mrr" for kind in others)]
             figures = [_spread(of_variant[column]) for column in columns]
-            lines.append([f"`{name}`", str(len(of_variant)), *figures, *_difference(study, ranks, name)])
+            note = seeds_note({"seeds": len(of_variant), "kept_stage1": stage1_kept(of_variant)})
+            lines.append(
+                [
+                    f"`{name}`" + (f" ({note})" if note else ""),
+                    str(len(of_variant)),
+                    *figures,
+                    *_difference(study, ranks, name),
+                ]
+            )
         title = f"{set_title(study, params, dataset)}, {_held_out(protocol)}"
         parts.append(
-            f"**{title}** ({ranks[name].shape[1]:,} users with a new item)\n\n{markdown_lines(lines)}"
+            f"**{title}** ({ranks[name].shape[1]:,} users with a new target, {counts['new_targets']:,.0f} new"
+            f" targets)\n\n{markdown_lines(lines)}"
         )
     if record.stale:
         parts.append(f"{record.stale} of these runs were made by an earlier state of the code.")

@@ -26,6 +26,7 @@ from ..baselines.registry import model_note
 from ..data.quality import format_number
 from ..evaluation.significance import format_p
 from .figures import inline_svg, plot_differences, read_rows
+from .notes import OLD_RULE, by_new_targets, seeds_note
 from .tables import Cell, escape_markdown, markdown_table
 
 # %% ../../nbs/report/04_comparison.ipynb #cell-008
@@ -68,14 +69,14 @@ def recorded_comparison(
         if not earlier:
             return RecordedComparison({})
         path, label = earlier[-1], f"version {earlier[-1].stem}"
-    tables = {str(name): rows for name, rows in read_recorded(path).groupby("dataset", sort=False)}
-    return RecordedComparison(tables, label)
+    table = by_new_targets(read_recorded(path)) if label else read_recorded(path)
+    return RecordedComparison({str(name): rows for name, rows in table.groupby("dataset", sort=False)}, label)
 
 
 def against_reference(
     table: pd.DataFrame,  # rows of one data set
     protocol: str,  # leave_one_out, last5
-    ranks: str = "full",  # full, full_new, full_shuffled, sampled100
+    ranks: str = "full",  # full, full_shuffled, sampled100, repeated, cold; every: of version 0.1
     by: str = "valid",  # the reference is the baseline that is best on this split
 ) -> pd.DataFrame:  # one row a model, best MRR first; empty where there is none
     "Every model against one reference"
@@ -107,8 +108,9 @@ def recorded_frame(
     cells = []
     for row in rows.itertuples():
         spread = "" if pd.isna(row.std) else f"± {row.std:.4f}"
+        notes = [model_note(row.model), seeds_note(row._asdict())]
         head = [
-            Cell(row.model, model_note(row.model)),
+            Cell(row.model, "; ".join(note for note in notes if note)),
             Cell(format_number(row.mrr, "{:.4f}"), spread),
             str(row.seeds),
         ]
@@ -138,17 +140,21 @@ def _best_unirec(
     return ours.sort_values("valid_mrr").iloc[-1], reference.iloc[0]
 
 
-def _on_new_targets(
+def _other_targets(
     table: pd.DataFrame,  # rows of one data set
     protocol: str,
     model: str,
     reference: str,
-) -> tuple[float, float, str] | None:  # MRR of both, verdict; None: not compared (all targets are new)
-    "The same over the targets that a user has not had before"
-    rows = against_reference(table, protocol, "full_new").set_index("model")
-    if not {model, reference} <= set(rows.index):
-        return None
-    return rows.loc[model, "mrr"], rows.loc[reference, "mrr"], rows.loc[model, "verdict"]
+) -> str:  # empty where all targets are new and known to train, or nothing is recorded of the others
+    "The same over repeated and cold targets, which are no part of the figure"
+    text = ""
+    for kind in ("repeated", "cold"):
+        rows = against_reference(table, protocol, kind).set_index("model")
+        if {model, reference} <= set(rows.index):
+            ours, theirs = rows.loc[model], rows.loc[reference]
+            users = f" of {ours['users']:,.0f} users" if "users" in rows else ""
+            text += f" Apart, {kind} targets{users}: {ours['mrr']:.4f} against {theirs['mrr']:.4f}."
+    return text
 
 
 def _leads_or_trails(
@@ -198,12 +204,9 @@ def data_set_sentence(
         f" ({row['low']:+.4f} to {row['high']:+.4f}, p {format_p(row['holm_both'])} after Holm; a difference"
         f" of {row['detectable']:.4f} would be found four times in five{seeds})."
     )
-    new = _on_new_targets(table, protocol, row["model"], reference["model"])
-    if new is not None:
-        text += (
-            f" Over the targets that the user has not had before: {new[0]:.4f} against {new[1]:.4f},"
-            f" verdict: {new[2]}."
-        )
+    if note := seeds_note(row):
+        text += f" {row['model']}: {note}."
+    text += _other_targets(table, protocol, row["model"], reference["model"])
     return text + _best_on_test_sentence(table, protocol, row["model"], reference["model"])
 
 
@@ -220,9 +223,6 @@ def overall_sentence(
             continue
         row, reference = pair
         text = f"{name} {row['difference'] / reference['mrr']:+.1%}"
-        new = _on_new_targets(table, protocol, row["model"], reference["model"])
-        if new is not None:
-            text += f", over targets new to their users {new[2]}"
         texts[row["verdict"]].append(text)
     count = sum(map(len, texts.values()))
     if not count:
@@ -233,7 +233,8 @@ def overall_sentence(
     ]
     return (
         f"The best UniRec against the best baseline, both chosen on validation, on {count} data"
-        f" set{'s' if count > 1 else ''} ({HELD_OUT.get(protocol, protocol).lower()}; full MRR on test):"
+        f" set{'s' if count > 1 else ''} ({HELD_OUT.get(protocol, protocol).lower()}; full MRR on test,"
+        f" targets new to their users):"
         f" {', '.join(parts)}."
     )
 
@@ -261,12 +262,16 @@ def progress_sentence(
 # %% ../../nbs/report/04_comparison.ipynb #cell-027
 _RANKING_RULES = {
     ("leave_one_out", "full"): "last event, full",
-    ("leave_one_out", "full_new"): "new to the user",
     ("leave_one_out", "full_shuffled"): "ties shuffled",
     ("leave_one_out", "sampled100"): "among 100",
+    ("leave_one_out", "repeated"): "repeated targets",
+    ("leave_one_out", "cold"): "cold targets",
+    ("leave_one_out", "every"): "every target, by the rule of version 0.1",
     ("last5", "full"): "last five, full",
-    ("last5", "full_new"): "last five, new to the user",
     ("last5", "full_shuffled"): "last five, ties shuffled",
+    ("last5", "repeated"): "last five, repeated",
+    ("last5", "cold"): "last five, cold",
+    ("last5", "every"): "last five, every target, by the rule of version 0.1",
 }  # (protocol, ranks) -> head of a column
 
 
@@ -278,6 +283,7 @@ def robustness_frame(
     for rule, head in _RANKING_RULES.items():
         rows = against_reference(table, *rule).drop_duplicates("model")
         if len(rows):
+            head += f" ({rows['users'].iloc[0]:,.0f} users)" if "users" in rows else ""
             columns[head] = {row.model: Cell(f"{row.mrr:.4f}", row.verdict) for row in rows.itertuples()}
     models = dict.fromkeys(name for cells in columns.values() for name in cells)
     rows = [[name, *(cells.get(name, "–") for cells in columns.values())] for name in models]
@@ -312,7 +318,7 @@ def comparison_markdown(
     tables = {name: recorded.tables[name] for name in sets if name in recorded.tables}
     parts = [escape_markdown(text) for text in _overall_sentences(tables, sets)]
     if recorded.label:
-        parts.insert(0, f"These figures were recorded with {recorded.label}, not by the present one.")
+        parts.insert(0, f"These figures were recorded with {recorded.label}. {OLD_RULE}")
     for name in [*tables, *(name for name in sets if name not in tables)]:
         title = _title_of(name, sets)
         note = "" if recorded.label else progress_sentence(results, name, wanted.get(name))
@@ -387,6 +393,7 @@ def comparison_view(
     ]
     return {
         "label": recorded.label,
+        "rule": OLD_RULE if recorded.label else "",
         "overall": _overall_sentences(tables, every),
         "parts": parts,
         "missing": missing,

@@ -33,6 +33,7 @@ from unirec.report.figures import (
     read_curves,
     read_rows,
 )
+from .notes import kept_note, targets_sentence
 from unirec.report.tables import (
     Cell,
     environment,
@@ -214,6 +215,13 @@ def users_view(
 
 
 # %% ../../nbs/report/05_page.ipynb #cell-026
+def _lacking_parts(
+    share: Mapping[str, Mapping],  # of llm_share.json
+) -> list[str]:
+    "A sentence for every model that lacks a part of its name"
+    return [f"{model}: {note}." for model, part in share.items() if (note := kept_note(part))]
+
+
 def set_view(
     results: Path,  # results folder
     predictions: Path,  # predictions folder
@@ -230,6 +238,8 @@ def set_view(
         Path(predictions) / name / "examples.json", entry, audience, models
     )
     charts = [comparison_charts(results, name, table), *curve_charts(folder)]
+    share = _read_object(folder / "llm_share.json")
+    share = {model: part for model, part in share.items() if isinstance(part, dict)}
     quality = _read_object(folder / "quality.json") if (folder / "quality.json").is_file() else {}
     tables = quality_tables(quality)
     counts, attributes = pd.DataFrame(tables["counts"]), pd.DataFrame(tables["attributes"])
@@ -237,8 +247,9 @@ def set_view(
         "name": name,
         "synthetic": synthetic,
         "allowed": allowed,
-        "results": results_frame(table),
-        "summary": rank_sentence(table),
+        "results": results_frame(table, share),
+        "summary": " ".join([rank_sentence(table), *_lacking_parts(share)]).strip(),
+        "targets": targets_sentence(table),
         "seeds": sorted(set(table["seeds"])),
         "quality": quality,
         "counts": None if counts.empty else counts.set_axis(["what", "number", "share"], axis=1),
@@ -247,7 +258,7 @@ def set_view(
         else attributes.set_axis(["attribute", "coverage", "unreadable"], axis=1),
         "rules": tables["rules"],
         "plots": plots(folder, name),
-        "llm_share": llm_share_frame(_read_object(folder / "llm_share.json")),
+        "llm_share": llm_share_frame(share),
         "explorer": explorer | {"charts": charts},
         "runs": runs_frame(
             [_read_object(path) for path in (Path(runs or results) / name).glob("run_*.json")]

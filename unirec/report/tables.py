@@ -30,6 +30,7 @@ __all__ = [
 
 # %% ../../nbs/report/02_tables.ipynb #cell-002
 import re
+from collections.abc import Mapping
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -42,6 +43,7 @@ from markupsafe import Markup, escape
 from ..baselines.registry import model_note
 from ..data.quality import format_number
 from .figures import COMPARISON, METRICS, PROTOCOLS, inline_svg, plot_groups, read_rows
+from .notes import APART, kept_note, targets_apart, targets_sentence
 
 
 # %% ../../nbs/report/02_tables.ipynb #cell-006
@@ -145,6 +147,7 @@ def markdown_lines(
 
 # %% ../../nbs/report/02_tables.ipynb #cell-018
 FIGURES = [f"{protocol} {metric}" for protocol in PROTOCOLS for metric in METRICS]
+_COUNTED = ["full targets", *(f"{kind} {metric}" for kind in APART for metric in ("targets", "mrr"))]
 
 
 def read_comparison(
@@ -165,7 +168,7 @@ def results_table(
     datasets: list[str] | None = None,  # which ones and in which order; None: all, by name
 ) -> (
     pd.DataFrame
-):  # dataset, model, seeds, and of each of `FIGURES` its mean and `<figure> sd`, its spread over seeds
+):  # dataset, model, seeds, mean of each of `FIGURES` and its spread (`<figure> sd`), `_COUNTED`
     "One row per data set and model, best full MRR first"
     if datasets is None:
         datasets = sorted(path.parent.name for path in Path(results).glob("*/comparison.csv"))
@@ -174,7 +177,7 @@ def results_table(
         rows = read_comparison(Path(results) / name / "comparison.csv", name)
         rows["figure"] = rows["protocol"] + " " + rows["metric"]
         values = rows.groupby(["model", "figure"])["value"]
-        mean = values.mean().unstack().reindex(columns=FIGURES)
+        mean = values.mean().unstack().reindex(columns=[*FIGURES, *_COUNTED])
         spread = values.std().unstack().reindex(columns=FIGURES)
         table = mean.join(spread.add_suffix(" sd"))
         table.insert(0, "seeds", rows.groupby("model")["seed"].nunique())
@@ -188,24 +191,32 @@ def results_table(
     columns = ["dataset", "model", "seeds"]
     for figure in FIGURES:
         columns += [figure, f"{figure} sd"]
-    return pd.concat(tables, ignore_index=True).loc[:, columns]
+    return pd.concat(tables, ignore_index=True).loc[:, columns + _COUNTED]
 
 
 # %% ../../nbs/report/02_tables.ipynb #cell-021
 def results_frame(
     table: pd.DataFrame,  # rows of `results_table` for one data set
+    kept: Mapping[str, Mapping] | None = None,  # model -> `kept`, as stage 2 writes it
 ) -> pd.DataFrame:  # of cells
-    "A row a model: mean and spread over seeds of every figure"
+    "A row a model: mean and spread over seeds of every figure, and the MRR of the targets that stand apart"
+    apart = targets_apart(table)
     best = {figure: format_number(table[figure].max(), "{:.4f}") for figure in FIGURES}
     rows = []
     for _, row in table.iterrows():
-        cells = [Cell(row["model"], model_note(row["model"]))]
+        notes = [model_note(row["model"]), kept_note((kept or {}).get(row["model"], {}))]
+        cells = [Cell(row["model"], "; ".join(note for note in notes if note))]
         for figure in FIGURES:
             mean, spread = (format_number(row[name], "{:.4f}") for name in (figure, f"{figure} sd"))
             small = "" if spread == "–" else f"± {spread}"
             cells.append(Cell(mean, small, "best" if mean == best[figure] != "–" else ""))
+        cells += [Cell(format_number(row[f"{kind} mrr"], "{:.4f}")) for kind in apart]
         rows.append(cells)
-    heads = [("model", ""), *((group, name) for group in PROTOCOLS.values() for name in METRICS.values())]
+    number = table["full targets"].max()
+    of_new = f", {int(number):,} new targets" if number > 0 else ""
+    heads = [("model", "")]
+    heads += [(group + of_new, name) for group in PROTOCOLS.values() for name in METRICS.values()]
+    heads += [(f"{APART[kind]}: {count:,}", "MRR") for kind, count in apart.items()]
     return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(heads))
 
 
@@ -218,6 +229,8 @@ def results_markdown(
         seeds = sorted(set(rows["seeds"]))
         counted = "one seed" if seeds == [1] else "seeds: " + " or ".join(map(str, seeds))
         parts.append(f"**{escape_markdown(dataset)}** ({counted})\n\n{markdown_table(results_frame(rows))}")
+        if sentence := targets_sentence(rows):
+            parts.append(sentence)
     return "\n\n".join(parts) + "\n"
 
 
