@@ -13,7 +13,7 @@ from unirec.baselines.registry import BASELINES
 from unirec.experiments.judge import LEAST_SEEDS, contrast_word, judge, made_up, pairs
 from unirec.experiments.study import Study, jobs, planned, read_study, study_names, toy_study
 from unirec.experiments.variants import load_study, settings
-from unirec.report.answers import plan_text, read_verdicts, variant_table, verdict_table
+from unirec.report.answers import overview, plan_text, read_verdicts, variant_table, verdict_table
 from unirec.training.loop import FitConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +160,7 @@ def test_a_chapter_shows_the_plan_and_the_verdicts(root, name):
 
 def test_old_verdicts_are_labelled_and_replaced_by_newer_ones(root, tmp_path):
     old = read_verdicts(root, "triplet")
-    assert set(old.version) == {"0.1.0"} and "version 0.1.0" in verdict_table(old)
+    assert set(old.version) == {"0.1.0"} and "version 0.1.0, by its rule" in verdict_table(old)
     folder = tmp_path / "results/questions"
     folder.mkdir(parents=True)
     record = made_up(TWO, {"sum": 1.0, "no_price": 0.3}, ("toy",), range(3))
@@ -171,6 +171,30 @@ def test_old_verdicts_are_labelled_and_replaced_by_newer_ones(root, tmp_path):
     params = {"sets": {"toy": {"title": "a toy", "synthetic": True}, "null": {}}}
     text = variant_table(record, params)
     assert "a toy (synthetic), last event held out" in text and "minus `sum`" in text
+
+
+def test_claims_of_the_paper_and_of_this_companion_are_counted_apart(root):
+    verdicts = read_verdicts(root)
+    ours = verdicts[verdicts.claim == "companion"]
+    assert set(ours.study) == {"fusion", "llm", "modalities", "transferred_settings"}
+    assert ours[ours.study == "llm"].contrast.unique().tolist() == ["residual"]
+    real = verdicts[(verdicts.protocol == "leave_one_out") & ~verdicts.null.astype(bool)]
+    text = overview(root)
+    for claim, whose in (("paper", "the paper"), ("companion", "this companion")):
+        part = real[real.claim == claim]
+        number, holding = part.groupby(["title", "contrast"]).ngroups, (part.verdict == "holds").sum()
+        assert f"Of the {number} claims of {whose}: {holding} *holds*" in text
+
+
+def test_a_table_says_where_the_language_model_took_no_part():
+    record = made_up(TWO, {"sum": 1.0, "no_price": 0.3}, ("toy",), range(3))
+    params = {"sets": {"toy": {"title": "a toy"}, "null": {}}}
+    assert "kept: stage 1" not in variant_table(record, params)
+    kept = ["stage 1" if row.variant == "sum" else "stage 2" for row in record.rows.itertuples()]
+    record.rows["kept"] = kept
+    lines = variant_table(record, params).splitlines()
+    noted = [line for line in lines if "kept: stage 1; the language model took no part" in line]
+    assert len(noted) == 1 and noted[0].startswith("| `sum`")
 
 
 def test_old_results_are_small_and_whole(root):

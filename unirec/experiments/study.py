@@ -80,6 +80,7 @@ class Contrast(Strict):
     statement: str  # what it would mean for the variant to be better
     variant: str  # of `variants` or `test_time`
     rivals: Texts  # variants that it is compared with
+    claim: Literal["paper", "companion"] = "paper"  # whose it is: the two are counted apart
     where: Texts | None = None  # data sets; None: all
 
 

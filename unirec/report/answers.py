@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "OLD",
+    "CLAIMS",
     "set_title",
     "plan_text",
     "variant_table",
@@ -26,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..core.params import read_yaml
 from ..evaluation.significance import format_p
 from unirec.experiments.judge import (
     LEAST_SEEDS,
@@ -35,7 +37,7 @@ from unirec.experiments.judge import (
     stage1_settings,
 )
 from ..experiments.record import FOLDERS, Record
-from ..experiments.study import Study, planned
+from ..experiments.study import Study, planned, study_names
 from .comparison import HELD_OUT
 from .figures import INK, OTHERS, PLOT_STYLE
 from .notes import APART, seeds_note
@@ -166,7 +168,17 @@ def read_verdicts(
     table["share"] = table.difference / table.rival_mrr
     for end in ("low", "high", "highest"):
         table[f"{end}_share"] = table[end] / table.rival_mrr
-    return table
+    claims = _claims(Path(root))
+    return table.assign(claim=[claims.get(key, "paper") for key in zip(table.study, table.contrast)])
+
+
+def _claims(root: Path) -> dict[tuple[str, str], str]:  # (study, contrast) -> paper or companion
+    "Whose claim each contrast is, from the files of the studies."
+    out = {}
+    for name in study_names(root):
+        contrasts = read_yaml(root / "experiments" / f"{name}.yaml").get("contrasts") or {}
+        out |= {(name, key): contrast.get("claim", "paper") for key, contrast in contrasts.items()}
+    return out
 
 
 # %% ../../nbs/report/06_answers.ipynb #cell-014
@@ -205,7 +217,8 @@ def verdict_table(
             format_p(row.holm),
         ]
         rows.append(shown)
-    label = f"*Verdicts of version {OLD}.*\n\n" if (verdicts.version == OLD).any() else ""
+    rule = "by its rule: targets new to the user, those that train lacks among them"
+    label = f"*Verdicts of version {OLD}, {rule}.*\n\n" if (verdicts.version == OLD).any() else ""
     return label + markdown_lines(rows)
 
 
@@ -287,6 +300,9 @@ def _draw_share(axes: Axes, y: float, row, limit: float) -> None:  # row: of `re
 
 
 # %% ../../nbs/report/06_answers.ipynb #cell-022
+CLAIMS = {"paper": "the paper", "companion": "this companion"}  # whose a contrast is, in words
+
+
 def overview(
     root: Path,  # of the project
     protocol: str = "leave_one_out",  # way of holding out whose verdicts are shown
@@ -299,20 +315,24 @@ def overview(
     null = verdicts[verdicts.null.astype(bool)]
     real = verdicts[~verdicts.null.astype(bool)]
     words = ("holds", "does not hold", "undecided")
-    counts = [f"{(real.verdict == word).sum()} *{word}*" for word in words]
     contrasts = real.groupby(["title", "contrast"]).ngroups
-    text = f"{contrasts} contrasts were tested, each on several data sets: {', '.join(counts)}."
+    text = f"{contrasts} contrasts were tested, each on several data sets."
+    for claim, whose in CLAIMS.items():
+        part = real[real.claim == claim]
+        counts = [f"{(part.verdict == word).sum()} *{word}*" for word in words]
+        number = part.groupby(["title", "contrast"]).ngroups
+        text += f" Of the {number} claims of {whose}: {', '.join(counts)}."
     if len(null):
         alarms = (null.verdict == "holds").sum()
         text += f" Of {len(null)} tests in null worlds, where nothing can be gained, {alarms} said *holds*."
     if (verdicts.version == OLD).any():
-        text = f"*Version {OLD}.* {text}"
-    rows = [["study", "statement", *words]]
-    for key, part in real.groupby(["title", "statement"], sort=False):
-        title, statement = tuple(key)
+        text = f"*Version {OLD}, by its rule.* {text}"
+    rows = [["study", "claim of", "statement", *words]]
+    for key, part in real.groupby(["title", "claim", "statement"], sort=False):
+        title, claim, statement = tuple(key)
         cells = [
             [f"{row.tested_on} {row.share:+.1%}" for row in part.itertuples() if row.verdict == w]
             for w in words
         ]
-        rows.append([title, statement, *(", ".join(cell) or "–" for cell in cells)])
+        rows.append([title, CLAIMS[claim], statement, *(", ".join(cell) or "–" for cell in cells)])
     return f"{text}\n\n{markdown_lines(rows)}"
