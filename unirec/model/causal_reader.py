@@ -42,6 +42,8 @@ def causal_layout(
 class CausalReader(Reader):
     "A language model that reads one token an event and is read out at every event."
 
+    each = 1  # soft tokens of an event
+
     def __init__(
         self,
         config: LLMConfig,

@@ -87,9 +87,9 @@ def _tower_units(
 
 
 def _branch_tokens(model: UniRec) -> int:
-    "Tokens behind the history for every position: user tokens and the question."
+    "Tokens behind the history for every position: user tokens and the question; the causal form has none."
     assert model.llm is not None
-    return model.config.user_tokens + len(model.llm.ending)
+    return 0 if model.causal else model.config.user_tokens + len(model.llm.ending)
 
 
 def _computed_tokens(model: UniRec, batch: Mapping[str, Tensor]) -> int:
@@ -108,15 +108,15 @@ def _model_units(model: UniRec, batch: Mapping[str, Tensor]) -> dict:
     every = torch.arange(len(catalogue))
     items, train_items = forward_and_train(lambda: model.items.embed(model.items(catalogue, every)))
     with torch.no_grad():
-        history = model.items(catalogue)[batch["items"]]
+        tokens = model.items(catalogue)
+        history = (model.items.embed(tokens) if model.causal else tokens)[batch["items"]]
     history.requires_grad_()
     users, train_users = forward_and_train(lambda: model.users(catalogue, history, batch))
     with torch.no_grad():
         user_tokens = model.users(catalogue, history, batch)
     user_tokens.requires_grad_()
-    llm, train_llm = forward_and_train(
-        lambda: llm_part(history, user_tokens, batch["present"], batch["positions"])
-    )
+    rest = (batch,) if model.causal else (batch["present"], batch["positions"])
+    llm, train_llm = forward_and_train(lambda: llm_part(history, user_tokens, *rest))
     model.zero_grad(set_to_none=True)
     return {
         "item": items / len(every),

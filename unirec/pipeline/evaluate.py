@@ -81,9 +81,7 @@ def llm_share(
     "How much of the query and of the MRR comes from the LLM."
     tokens = model.eval().items(model.catalogue)
     vectors, events = model.items.embed(tokens), Events.of(h)
-    only_llm = (
-        model.llm is not None and model.gate is None
-    )  # llm.query is `llm`: nothing else is in the query
+    only_llm = model.llm is not None and not model.adds  # nothing else is in the query
     parts = []
     users = np.arange(len(h)) if users is None else np.asarray(users)
     for part in np.array_split(users, -(-len(users) // 64)):
@@ -107,7 +105,7 @@ def llm_share(
         "mrr": summarise(with_llm)["mrr"],
         "mrr_without_llm": summarise(without_llm)["mrr"],
         "norm_share": 1.0 if only_llm else float(shares.mean()),
-        "gate": None if only_llm else float(model.gate or 0),
+        "gate": None if only_llm or model.causal else float(model.gate or 0),
     }
 
 
