@@ -222,7 +222,7 @@ def figure_mrr(
     kind: str = "new",  # of targets
 ) -> pd.Series:  # run -> MRR
     "MRR over the test events of one kind; each user counts once."
-    ranks = ranks[ranks.target == kind]
+    ranks = ranks.loc[ranks.target == kind]
     return (1 / ranks.full).groupby([ranks.run, ranks.user]).mean().groupby("run").mean()
 
 

@@ -26,7 +26,7 @@ def targets_apart(
     table: pd.DataFrame,  # rows of `results_table` for one data set
 ) -> dict[str, int]:  # kind -> number of targets, of those kinds that there are
     "The targets that are no part of the figures"
-    counts = {kind: table[f"{kind} targets"].max() for kind in APART}
+    counts = {kind: float(table[f"{kind} targets"].max()) for kind in APART}
     return {kind: int(count) for kind, count in counts.items() if count > 0}
 
 
@@ -34,7 +34,7 @@ def targets_sentence(
     table: pd.DataFrame,  # rows of `results_table` for one data set
 ) -> str:  # empty where the numbers are not known
     "How many targets the figures are of, and which ones stand apart, and why"
-    number = table["full targets"].max()
+    number = float(table["full targets"].max())
     if not number > 0:
         return ""
     apart = targets_apart(table)

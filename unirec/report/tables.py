@@ -212,7 +212,7 @@ def results_frame(
             cells.append(Cell(mean, small, "best" if mean == best[figure] != "–" else ""))
         cells += [Cell(format_number(row[f"{kind} mrr"], "{:.4f}")) for kind in apart]
         rows.append(cells)
-    number = table["full targets"].max()
+    number = float(table["full targets"].max())
     of_new = f", {int(number):,} new targets" if number > 0 else ""
     heads = [("model", "")]
     heads += [(group + of_new, name) for group in PROTOCOLS.values() for name in METRICS.values()]
