@@ -320,9 +320,10 @@ def move_to(
     catalogue: Catalogue,  # of another data set
 ) -> None:
     "Let a model read another catalogue; changes it."
-    known = [TABLES.index(name) for name in net.items.triplets.tables] + [len(TABLES)]
-    if not len(catalogue.reviews) and net.users.events.review is not None:
-        catalogue = replace(catalogue, reviews=torch.zeros(1, net.users.events.review.in_features))
+    known = [TABLES.index(name) for name in net.items.triplets.tables]  # ids are those of other items
+    review = getattr(net.users, "events", net.users).review
+    if not len(catalogue.reviews) and review is not None:
+        catalogue = replace(catalogue, reviews=torch.zeros(1, review.in_features))
     mask = catalogue.mask & torch.isin(catalogue.encoder[catalogue.attr], torch.tensor(known))
     net.catalogue = replace(catalogue, mask=mask)
     net.items.update_centre(net.catalogue)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..encoders.catalogue import Catalogue, mean_values
-from .events import same_window, visible_events
+from .events import at_positions, same_window, visible_events
 from .fusion import masked_mean
 
 
@@ -165,8 +165,9 @@ def principal_map(
     x = torch.cat([mean * s for mean, s in zip(means.values(), scale, strict=True)], 1)
     x = x - x.mean(0)
     directions = torch.linalg.eigh(x.T @ x / len(x))[1][:, -width:].flip(1)
-    directions = directions / (x @ directions).square().mean().sqrt().clamp_min(1e-6)
     directions = F.pad(directions, (0, width - directions.shape[1]))
+    size = (x @ directions).square().mean().sqrt()
+    directions = directions / size if size > 1e-6 else torch.zeros_like(directions)  # all items are alike
     sizes = [mean.shape[1] for mean in means.values()]
     parts = [d * s for d, s in zip(directions.split(sizes), scale, strict=True)]
     return dict(zip(means, parts, strict=True))
@@ -192,7 +193,7 @@ class ContentShortcut(nn.Module):
         out, start = torch.zeros((), device=value.device), 0
         for name, table in c.tables.items():
             inside = mask & (value >= start) & (value < start + len(table))
-            if len(table):
+            if len(table) and name in self.value:
                 rows, place = torch.unique(value[inside] - start, return_inverse=True)
                 index = torch.zeros_like(value)
                 index[inside] = place
@@ -241,6 +242,7 @@ class CausalUserEncoder(nn.Module):
         heads: int,
         dropout: float,
         history: int,  # events of a window, at most
+        recent: bool = False,  # the recent-items shortcut
     ):
         super().__init__()
         self.time, self.rating = nn.Linear(11, width), nn.Linear(2, width)
@@ -250,6 +252,19 @@ class CausalUserEncoder(nn.Module):
                 for p in part.parameters():
                     nn.init.zeros_(p)
         self.between, self.norm = EventLayers(layers, width, heads, dropout, history), nn.LayerNorm(width)
+        self.recent = RecentItemsShortcut(history) if recent else None
+        if recent:  # at the start the query is the shortcut's
+            nn.init.constant_(self.norm.weight, 0.1)
+
+    def pool(
+        self,
+        states: Tensor,  # (B, T, width) of `forward`
+        vectors: Tensor,  # (B, T, width) candidate embeddings of the events' items
+        batch: dict[str, Tensor],  # of `Events.batch`
+    ) -> Tensor:  # (B, P, width)
+        "One vector per position, not normalised."
+        pooled = at_positions(states, batch["positions"])
+        return pooled if self.recent is None else pooled + self.recent(vectors, batch)
 
     def forward(
         self,

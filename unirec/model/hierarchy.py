@@ -107,8 +107,8 @@ class EncoderConfig:
                     "user_level 'causal' reads candidate embeddings in event_layers: set event_layers to 1 or"
                     " more and candidate to 'mean'"
                 )
-            if self.recent or self.condition:
-                raise ValueError("user_level 'causal' has no `recent` and no `condition`: set both to false")
+            if self.condition:
+                raise ValueError("user_level 'causal' has no learned queries: set condition to false")
         if self.user_level in ("none", "causal"):
             self.user_tokens = 1
 
@@ -356,4 +356,4 @@ def make_users(catalogue: Catalogue, config: EncoderConfig) -> nn.Module:
     if config.user_level != "causal":
         return UserEncoder(catalogue, config)
     sizes = config.width, config.event_layers, config.heads, config.dropout, config.history
-    return CausalUserEncoder(catalogue, *sizes)
+    return CausalUserEncoder(catalogue, *sizes, recent=config.recent)

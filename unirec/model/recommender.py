@@ -6,6 +6,7 @@
 __all__ = ["MODELS", "pack", "branch_ends", "PackedLLM", "one_by_one", "map_tensors", "Scorer", "UniRec"]
 
 # %% ../../nbs/model/09_recommender.ipynb #cell-003
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -214,7 +215,9 @@ class Scorer:
         history: int | None = None,  # most recent events that are read; None: as in training
         with_llm: bool = True,
     ):
-        self.model, self.history, self.with_llm = model.eval(), history or model.config.history, with_llm
+        self.model, self.with_llm = model.eval(), with_llm
+        longest = model.config.history if model.causal else None  # places that were learned
+        self.history = min(history or model.config.history, longest or sys.maxsize)
         with torch.no_grad():
             self.tokens = model.items(model.catalogue)  # (N, K_item, width)
             self.candidates = model.items.embed(self.tokens)  # (N, out)
@@ -226,9 +229,13 @@ class Scorer:
             self.known = h, Events.of(h)
         events, device = self.known[1], self.tokens.device
         index = torch.as_tensor(h.last(self.history, users))
+        if self.model.causal and (index[:, 0] < 0).any():
+            raise ValueError(
+                f"user row {np.asarray(users)[int((index[:, 0] < 0).int().argmax())]} has no history"
+            )
         queries = []
         for part in index.split(64):
-            batch, ends = last_of_each(events, part, packed=self.model.config.user_level == "causal")
+            batch, ends = last_of_each(events, part, packed=self.model.causal)
             batch = {k: v.to(device) for k, v in batch.items()}
             query = self.model.query(self.tokens, batch, self.with_llm, self.candidates)
             queries.append(query.flatten(0, 1)[ends.to(device)])
@@ -310,7 +317,7 @@ class UniRec(Checkpointed):
         output = None
         if self.llm is not None and with_llm:
             output = at_positions(self.llm(vectors, states, batch), batch["positions"])
-        return at_positions(states, batch["positions"]), output
+        return self.users.pool(states, vectors, batch), output
 
     def query(
         self, tokens: Tensor, batch: dict[str, Tensor], with_llm: bool = True, vectors: Tensor | None = None

@@ -55,32 +55,33 @@ class MovingAverage(nn.Module):
 
 # %% ../../nbs/training/04_kept.ipynb #cell-009
 class KeptTable:
-    "A table that is computed every k-th step and gets the gradient of k steps at once."
+    "A table that is computed every k-th batch and gets the gradient of k batches at once."
 
-    def __init__(self, every: int):  # k
-        self.every = every
+    def __init__(
+        self,
+        every: int,  # k
+        batches: int = 1,  # of an optimiser step; their losses are weighted so that they add up to the step's
+    ):
+        self.every, self.steps = every, max(1.0, every / batches)
         self.reset()
 
     def reset(self) -> None:
-        "Compute the table in the next step; what was collected of the gradient is dropped."
+        "Compute the table for the next batch; what was collected of the gradient is dropped."
         self.graph = self.leaf = None
-        self.step = 0
+        self.count = 0
 
-    def __call__(
-        self, compute: Callable[[], Tensor]
-    ) -> tuple[Tensor, Tensor]:  # the table; what to add to the loss: 0, with the gradient of earlier steps
-        "The table of this step."
+    def __call__(self, compute: Callable[[], Tensor]) -> Tensor:
+        "The table for this batch."
         if self.graph is None or self.leaf is None:
             self.graph = compute()
             self.leaf = self.graph.detach().requires_grad_()
-        self.step += 1
-        table, graph, carried = self.leaf, self.graph, self.leaf.new_zeros(())
-        if self.step < self.every:
-            return table, carried
-        # the values of `table`; k of them make a step, so a k-th of the gradient goes into the graph
-        table = table.detach() + (graph - graph.detach()) / self.every
-        if self.leaf.grad is not None:
-            carried = (graph * self.leaf.grad).sum() / self.every
-            carried = carried - carried.detach()
+        self.count += 1
+        if self.count < self.every:
+            return self.leaf
+        leaf, steps, table = self.leaf, self.steps, self.graph.view_as(self.graph)
+        # the gradients of all batches go into the graph at once, each as its loss was weighted
+        table.register_hook(
+            lambda gradient: (gradient if leaf.grad is None else gradient + leaf.grad) / steps
+        )
         self.reset()
-        return table, carried
+        return table

@@ -239,6 +239,7 @@ def _epoch(
     "One pass, or what is left of it, in place."
     module.train()
     losses, norms, since = [], [], time.perf_counter() - run.seconds
+    model, wanted = accelerator.unwrap_model(module).model, False
     for first in range(run.batch, len(epoch_batches), config.accumulate):
         group = epoch_batches[first : first + config.accumulate]
         for g in optimiser.param_groups:
@@ -251,13 +252,14 @@ def _epoch(
         optimiser.step()
         run.step, run.batch = run.step + 1, first + len(group)
         bar.update()
-        due = config.save_every and run.step % config.save_every == 0
+        wanted = wanted or bool(config.save_every) and run.step % config.save_every == 0
+        due = wanted and (run.batch == len(epoch_batches) or getattr(model, "settled", True))
         if due or run.step % 50 == 0 or run.batch == len(epoch_batches):
             _collect(losses, norms, run, epoch_batches, accelerator)
         if due:
             run.seconds = time.perf_counter() - since
             save()
-            module.train()  # what a model keeps between steps begins anew, as in a run that is resumed here
+            wanted = False
     run.seconds = time.perf_counter() - since
 
 

@@ -232,7 +232,7 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.model, self.config, self.recon, self.frozen, self.table = model, config, recon, frozen, None
-        self.kept = KeptTable(config.refresh)
+        self.kept = KeptTable(1)
         self.register_buffer("share", share, persistent=False)
         self.register_buffer("groups", groups, persistent=False)
         if frozen:
@@ -258,13 +258,21 @@ class Objective(nn.Module):
                 self.table = content()
         if self.average is not None and self.training:
             self.average.update(self.model)
-        table, carried = self.table, None
-        if self.training and not self.frozen and self.config.refresh > 1:
-            table, carried = self.kept(content)
-        out = step_loss(self.model, batch, self.config, self.recon, table, self.share, self.groups)
-        if carried is not None:
-            out["loss"], out["shared"] = out["loss"] + carried, out["shared"] + carried
-        return out
+        table = self.table
+        if self.training and not self.frozen and self.kept.every > 1:
+            table = self.kept(content)
+        return step_loss(self.model, batch, self.config, self.recon, table, self.share, self.groups)
+
+    def keep(self, batches: int, accumulate: int) -> None:
+        "Encode the catalogue every `refresh` of an epoch's `batches`, of which `accumulate` make a step."
+        # the contrast encodes items in every step, so the encoder would move under a table that is kept
+        every = 1 if self.config.contrast else min(self.config.refresh, batches)
+        self.kept = KeptTable(every, accumulate)
+
+    @property
+    def settled(self) -> bool:
+        "Is nothing kept that the next batch needs?"
+        return self.kept.graph is None
 
     @contextmanager
     def evaluated(self) -> Iterator[UniRec]:
@@ -344,6 +352,8 @@ def train(
         with trained.evaluated() as ready:
             return validation_figures(ready.scorer(), data.train, data.valid_targets)
 
+    if loss.refresh > 1:
+        objective.keep(len(epoch_batches(0)), fit_config.accumulate)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     groups = groups or {}
     used = [prefix for prefix in groups if any(name.startswith(prefix) for name in names)]
