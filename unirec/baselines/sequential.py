@@ -246,7 +246,7 @@ def _window_batch(
 def next_item_cross_entropy(
     model: SequenceModel,
     batch: dict[str, Tensor],  # of `window_batches`
-    seen: bool = True,  # do earlier items compete? The ranking leaves them out, all but the target
+    seen: bool = True,  # do earlier items compete? The ranking of new targets leaves them out
 ) -> Tensor:
     "Cross-entropy of the next item over the whole catalogue, mean over real positions."
     inputs, window, real = batch["inputs"], batch.get("window"), batch["targets"] >= 0

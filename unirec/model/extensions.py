@@ -159,7 +159,7 @@ def principal_map(
     """Linear maps whose sum over the encoders is the projection onto the first principal components.
 
     Encoders have equal weight; the result over all items has a root mean square of 1 once its mean is taken
-    off. Components that the vectors do not have are 0.
+    off, and is 0 where all items are alike. Components that the vectors do not have are 0.
     """
     scale = [1 / mean.norm(dim=1).mean().clamp_min(1e-6) for mean in means.values()]
     x = torch.cat([mean * s for mean, s in zip(means.values(), scale, strict=True)], 1)

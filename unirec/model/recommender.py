@@ -247,7 +247,7 @@ class Scorer:
 
 
 # %% ../../nbs/model/09_recommender.ipynb #cell-034
-MODELS = {"unirec": False, "unirec_id": True}  # name -> does it use the id attribute?
+MODELS = {"unirec": False, "unirec_id": True}  # name -> is an item's id added to its tokens?
 
 
 # %% ../../nbs/model/09_recommender.ipynb #cell-035

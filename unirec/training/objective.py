@@ -60,7 +60,7 @@ class LossConfig:
     negatives: int = 1024  # sampled negatives a step
     # do items without a train event compete? Where they do, a model learns that new items are never taken
     unseen: bool = False
-    # do items of the user's history compete for the next one? The ranking leaves out all but the target
+    # do items of the user's history compete for the next one? The ranking of new targets leaves them out
     seen: bool = False
     # steps between two encodings of the catalogue; 1: every step encodes what it needs
     refresh: int = 1
