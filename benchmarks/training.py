@@ -1,5 +1,6 @@
 """A training epoch and an evaluation of SASRec against version 0.1, and against the floor: same weights,
-same windows, one thread, in turn. And a training step beside a busy neighbour.
+same windows, one thread, in turn. UniRec's stage 1 in its default form against version 0.1's form, on a
+made-up catalogue of the same size. And a training step beside a busy neighbour.
 
 Without `--prepared FOLDER` (a folder of the prepare stage) the histories are made up, in the shape of Amazon
 Beauty 2014: 22,363 users, 12,101 items, half of the histories shorter than seven events.
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.side_by_side import Table, arguments, folder, in_turn, say, spread
@@ -30,8 +33,14 @@ from unirec.baselines.sequential import (
     window_batches,
 )
 from unirec.core.device import keep_memory, measured_tflops
+from unirec.core.params import read_yaml
 from unirec.data.histories import Histories
+from unirec.encoders.catalogue import Catalogue, toy_catalogue
 from unirec.evaluation.metrics import full_ranks
+from unirec.model.events import Events, packed_batches, training_batches
+from unirec.model.hierarchy import EncoderConfig, Reconstruction
+from unirec.model.recommender import UniRec
+from unirec.training.objective import LossConfig, Objective
 
 LENGTH, BATCH, WIDTH = 50, 128, 64
 NEIGHBOUR = "while True: sum(range(10**6))"  # keeps one core busy
@@ -125,6 +134,50 @@ def same_gradients(train: Histories) -> float:
     if difference > 1e-2:
         raise RuntimeError(f"not the same computation: the gradients differ by {difference:.1e}")
     return difference
+
+
+# --- UniRec's stage 1: what params.yaml says, and the form that version 0.1 had
+
+OLD_FORM = {"width": 64, "out": 64, "layers": 1, "dropout": 0.3, "id_dropout": 0.1}
+OLD_LOSS = {"recon": 0.1, "contrast": 0.1}
+OLD_BATCH = {"positions": 16, "size": 64}
+
+
+def made_up_catalogue(items: int) -> Catalogue:
+    "Five attributes an item, vectors of the default encoders' widths."
+    catalogue, generator = toy_catalogue(items), torch.Generator().manual_seed(0)
+    widths = {"text": 384, "image": 1280, "number": 42}
+    tables = {
+        name: torch.randn(len(table), widths[name], generator=generator)
+        for name, table in catalogue.tables.items()
+    }
+    text = {name: torch.randn(6, 384, generator=generator) for name in ("names", "types")}
+    return replace(catalogue, tables=tables, reviews=torch.zeros(0, 384), **text)
+
+
+def stage_1(train: Histories, old: bool, steps: int) -> tuple[Callable[[], float], int]:
+    "A function that takes some steps of stage 1, and how many positions they train."
+    params = read_yaml(Path(__file__).resolve().parent.parent / "params.yaml")
+    form, settings = params["model"], params["pretrain"]
+    encoder = EncoderConfig(**OLD_FORM) if old else EncoderConfig(**form)
+    loss = LossConfig(**OLD_LOSS) if old else LossConfig(**settings["loss"])
+    catalogue, events = made_up_catalogue(train.n_items), Events.of(train)
+    torch.manual_seed(0)
+    model = UniRec(catalogue, encoder)
+    objective = Objective(model, loss, Reconstruction(catalogue, encoder) if loss.recon else None)
+    if old:
+        batches = training_batches(train, events, encoder.history, **OLD_BATCH, seed=0, epoch=0)
+    else:
+        batches = packed_batches(train, events, encoder.history, settings["batch"]["size"], 0, 0)
+    objective.keep(len(batches), 1)
+    batches = batches[:steps]
+    run = trainer(objective, lambda model, batch: model(batch)["loss"], batches, fused=True)
+
+    def step() -> float:
+        with sdpa_kernel([SDPBackend.MATH]):  # as training does on a CPU
+            return run()
+
+    return step, sum(int(batch["events"]) for batch in batches)
 
 
 def floor_seconds(train: Histories) -> float:
@@ -241,8 +294,19 @@ def main() -> None:
         for name in sides:
             table.add({"measure": "evaluation", "pair": pair, "side": name, "seconds": row[name]})
             say(f"evaluation, {name}: {row[name]:.2f} s for {len(train):,} users, {train.n_items:,} items")
+    forms = {"0.1's form": stage_1(train, True, steps), "this version": stage_1(train, False, steps)}
+    stages = in_turn({name: run for name, (run, _) in forms.items()}, min(pairs, 3))
+    for pair, row in enumerate(stages):
+        for name, (_, trained) in forms.items():
+            seconds = positions * row[name] / trained
+            table.add({"measure": "stage 1", "pair": pair, "side": name, "seconds": seconds})
+            say(f"UniRec, stage 1, {name}: {trained / row[name]:,.0f} positions a second")
     table.facts |= {
         "sasrec_vs_0.1": statistics.median(ratios),
+        "unirec_stage1_vs_0.1": statistics.median(
+            (r["0.1's form"] / forms["0.1's form"][1]) / (r["this version"] / forms["this version"][1])
+            for r in stages
+        ),
         "positions": positions,
         "floor_seconds": floor,
         "share_of_floor": floor / (positions / best),
