@@ -228,6 +228,7 @@ class Scorer:
         if self.known[0] is not h:
             self.known = h, Events.of(h)
         events, device = self.known[1], self.tokens.device
+        assert events is not None
         index = torch.as_tensor(h.last(self.history, users))
         if self.model.causal and (index[:, 0] < 0).any():
             raise ValueError(
