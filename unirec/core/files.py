@@ -23,6 +23,7 @@ __all__ = [
     "unzip",
     "gunzip",
     "peak_memory_mb",
+    "skip_address_parsers",
 ]
 
 # %% ../../nbs/core/01_files.ipynb #cell-003
@@ -302,3 +303,10 @@ def peak_memory_mb(
         return int(mark[1]) / 2**10
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+# %% ../../nbs/core/01_files.ipynb #cell-035
+def skip_address_parsers() -> None:
+    "Let jsonschema, when it is imported, do without its slow check of international addresses."
+    # None: importing it raises ImportError (its type in typeshed leaves that out)
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore

@@ -27,8 +27,8 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from ..data.histories import Histories
@@ -353,7 +353,7 @@ def list_figures(
     "Coverage, popularity and diversity of lists, each beside its yardstick."
     n = train.n_items
     # 0.5 for an item in the middle, and for all where all are equally popular
-    percentile = (stats.rankdata(np.bincount(train.items, minlength=n)) - 0.5) / n
+    percentile = (scipy.stats.rankdata(np.bincount(train.items, minlength=n)) - 0.5) / n
     shown = np.bincount(lists.ravel(), minlength=n)
     out = {
         f"coverage@{lists.shape[1]}": float((shown > 0).mean()),

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 
 # %% ../../nbs/evaluation/02_significance.ipynb #cell-008
@@ -80,7 +80,7 @@ def paired(
     difference that a test of this power finds four times in five."""
     d = ours.mean(0) - theirs.mean(0)
     low, high = np.quantile(_means(d, None, draws, seed), [0.025, 0.975])
-    p = stats.wilcoxon(d).pvalue if (d != 0).any() else 1.0
+    p = scipy.stats.wilcoxon(d).pvalue if (d != 0).any() else 1.0
     return {
         "difference": d.mean(),
         "low": low,
@@ -98,7 +98,7 @@ def detectable(
     alpha: float = 0.05,  # level of the test
 ) -> float:
     "The smallest true difference that a two-sided test finds so often."
-    return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * se)
+    return float((scipy.stats.t.ppf(1 - alpha / 2, df) + scipy.stats.t.ppf(power, df)) * se)
 
 
 # %% ../../nbs/evaluation/02_significance.ipynb #cell-018
@@ -143,8 +143,8 @@ def seeds_and_users(
     freedom = np.maximum(1, [len(d) - 1, len(ours) - 1, len(theirs) - 1])
     se, total = parts.sum() ** 0.5, parts.sum()
     df = total**2 / (parts**2 / freedom).sum() if total else float(len(d) - 1)
-    p = 2 * stats.t.sf(abs(d.mean()) / se, df) if se else float(d.mean() == 0)
-    half = stats.t.ppf((1 + level) / 2, df) * se
+    p = 2 * scipy.stats.t.sf(abs(d.mean()) / se, df) if se else float(d.mean() == 0)
+    half = scipy.stats.t.ppf((1 + level) / 2, df) * se
     return {
         "difference": d.mean(),
         "se": se,
@@ -181,9 +181,9 @@ def one_start(
         (both**0.5, both**2 / (of_users**2 / users + of_seeds**2 / seeds) if both else float(users)),
         *([(of_seeds**0.5, float(seeds))] if of_seeds else []),
     ]
-    se, df = max(tests, key=lambda t: t[0] * stats.t.ppf((1 + level) / 2, t[1]))
-    p = max(2 * stats.t.sf(abs(d.mean()) / s, f) if s else float(d.mean() == 0) for s, f in tests)
-    half = stats.t.ppf((1 + level) / 2, df) * se
+    se, df = max(tests, key=lambda t: t[0] * scipy.stats.t.ppf((1 + level) / 2, t[1]))
+    p = max(2 * scipy.stats.t.sf(abs(d.mean()) / s, f) if s else float(d.mean() == 0) for s, f in tests)
+    half = scipy.stats.t.ppf((1 + level) / 2, df) * se
     return {
         "difference": d.mean(),
         "se": se,
@@ -214,8 +214,10 @@ def power(
     alpha: float = 0.05,  # level of the test
 ) -> float:
     "Chance that a two-sided test finds a true difference of this size."
-    critical = stats.t.ppf(1 - alpha / 2, df)
-    return float(stats.t.sf(critical - effect / se, df) + stats.t.cdf(-critical - effect / se, df))
+    critical = scipy.stats.t.ppf(1 - alpha / 2, df)
+    return float(
+        scipy.stats.t.sf(critical - effect / se, df) + scipy.stats.t.cdf(-critical - effect / se, df)
+    )
 
 
 # %% ../../nbs/evaluation/02_significance.ipynb #cell-048

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from ..baselines.registry import BASELINES
 from ..evaluation.metrics import TARGETS
@@ -126,12 +126,12 @@ def _stricter_test(
 ) -> dict[str, float]:  # as `seeds_and_users`
     "The wider interval and the larger p of `seeds_and_users` and of Welch's t-test over the seeds' means."
     both = seeds_and_users(ours, theirs, level)
-    welch = stats.ttest_ind(ours.mean(1), theirs.mean(1), equal_var=False)
+    welch = scipy.stats.ttest_ind(ours.mean(1), theirs.mean(1), equal_var=False)
     if not np.isfinite(welch.pvalue):
         return both  # one seed each
     interval = welch.confidence_interval(level)
     if interval.high - interval.low > both["high"] - both["low"]:
-        se = float(np.hypot(*(stats.sem(x.mean(1)) for x in (ours, theirs))))
+        se = float(np.hypot(*(scipy.stats.sem(x.mean(1)) for x in (ours, theirs))))
         both |= {"low": interval.low, "high": interval.high, "df": welch.df, "se": se}
     return both | {"p": max(both["p"], float(welch.pvalue))}
 

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..core.files import file_sha256, peak_memory_mb
+from ..core.files import file_sha256, peak_memory_mb, skip_address_parsers
 from ..core.params import read_params
 from ..data.schema import SetSpec
 
@@ -185,7 +185,8 @@ def strip_volatile(
     path: Path,  # an executed notebook, changed in place
 ) -> None:
     "Remove what differs between two equal runs."
-    import nbformat  # takes seconds, which `unirec verify` and a mistyped stage do not need
+    skip_address_parsers()
+    import nbformat  # takes a second, which `unirec verify` and a mistyped stage do not need
 
     nb = nbformat.read(path, as_version=4)
     nb.metadata = {name: value for name, value in nb.metadata.items() if name == "kernelspec"}
@@ -210,7 +211,8 @@ def run_stage(
     log: bool = True,  # pass on what the notebook prints
 ) -> Path:  # the executed notebook
     "Execute a stage's notebook with its parameters; raises KeyError that names a parameter which is missing."
-    import papermill  # takes seconds as well
+    skip_address_parsers()
+    import papermill  # takes a second as well
 
     name = STAGES[stage][0]
     injected = {
