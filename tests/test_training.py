@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from unirec.training.loop import FitConfig, fit, shard, supervised
+from unirec.training.loop import FitConfig, fit
+from unirec.training.step import shard, supervised
 
 CLOCK = ("seconds", "samples_per_second", "tokens_per_second", "memory_mb")
 STEPS = 18  # of an uninterrupted run: three epochs of six batches

@@ -29,6 +29,7 @@ from unirec.model.losses import info_nce
 from unirec.model.recommender import UniRec
 from unirec.training import loop as training
 from unirec.training import resume
+from unirec.training.step import shard
 
 HISTORY = 6
 CONFIG = {"epochs": 3, "lr": 3e-3, "patience": 3, "seed": 5}
@@ -58,7 +59,7 @@ def epoch_batches(epoch: int, size: int = 5) -> list[dict]:
         for b in training_batches(h, Events.of(h), HISTORY, 3, size, CONFIG["seed"], epoch, steps=20)
         if len(b["items"]) == size
     ][:6]
-    batches[-1] = training.shard(batches[-1], 0, size)
+    batches[-1] = shard(batches[-1], 0, size)
     return [
         b | {"ids": 100 * n + torch.arange(len(b["items"])), "tokens": b["present"].sum()}
         for n, b in enumerate(batches)
