@@ -1,9 +1,12 @@
 """Export the notebooks to the package, and list its rooms: `python tools/export.py [root folder]`.
 
-`nbdev_export` alone leaves blank lines that `ruff format` would move, and modules whose notebook is gone.
+`nbdev_export` alone leaves blank lines that `ruff format` would move, modules whose notebook is gone, and
+absolute imports where one stands in brackets over several lines or in a function: it compares the first line
+of an import with columns of its last one, and looks at top-level statements only.
 The list of rooms is in ARCHITECTURE.md.
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -24,11 +27,36 @@ def orphans(package: Path) -> list[Path]:
     return [path for path, source in found if source and not (path.parent / source[1]).resolve().is_file()]
 
 
+def relative(module: str, folder: tuple[str, ...]) -> str:
+    "The absolute name of a module as one relative to a folder, both as seen from the same root."
+    parts = module.split(".")
+    common = 0
+    while common < min(len(parts), len(folder)) and parts[common] == folder[common]:
+        common += 1
+    return "." * (len(folder) - common + 1) + ".".join(parts[common:])
+
+
+def make_imports_relative(path: Path, package: Path) -> None:
+    "Write the imports of the package in one of its exported modules as the exporter writes the short ones."
+    folder = path.parent.relative_to(package.parent).parts
+    lines = path.read_text(encoding="utf8").splitlines(keepends=True)
+    for node in ast.walk(ast.parse("".join(lines))):
+        if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+            continue
+        if node.module.startswith(f"{package.name}."):
+            line = lines[node.lineno - 1]
+            lines[node.lineno - 1] = line.replace(node.module, relative(node.module, folder), 1)
+    path.write_text("".join(lines), encoding="utf8")
+
+
 def export(root: Path) -> None:
     "Bring the package up to date with the notebooks."
     subprocess.run([tool("nbdev_export")], cwd=root, check=True)
     for path in orphans(root / "unirec"):
         path.unlink()
+    for path in sorted((root / "unirec").rglob("*.py")):
+        if SOURCE.search(path.read_text(encoding="utf8")):
+            make_imports_relative(path, root / "unirec")
     subprocess.run([tool("ruff"), "format", "--quiet", "unirec"], cwd=root, check=True)
     subprocess.run([sys.executable, "tools/architecture.py", str(root)], cwd=root, check=True)
 

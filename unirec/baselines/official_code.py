@@ -60,18 +60,19 @@ class Released(TitleReader):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:  # of `lay_out`, and items (B, T) -> (B, out)
         "The query of each prompt."
-        there, k = batch["items"] >= 0, self.soft
+        present, k = batch["items"] >= 0, self.soft
         # (M, K_item, D)
         tokens = soft_tokens(
-            self.item(self.qformer(*self.triplets(self.catalogue, batch["items"][there]))), self.rms
+            self.item(self.qformer(*self.triplets(self.catalogue, batch["items"][present]))), self.rms
         )
-        places = batch["ends"][there][:, None] + torch.arange(1, k + 1, device=there.device)  # (M, K_item)
+        steps = torch.arange(1, k + 1, device=present.device)
+        places = batch["ends"][present][:, None] + steps  # (M, K_item)
         x = self.words[batch["words"].clamp_min(0)].index_put(
-            (there.nonzero()[:, :1].expand(-1, k), places), tokens.to(self.words.dtype)
+            (present.nonzero()[:, :1].expand(-1, k), places), tokens.to(self.words.dtype)
         )
         states = self.states(x)
         real = (
-            torch.arange(states.shape[1], device=there.device)
+            torch.arange(states.shape[1], device=present.device)
             < len(self.prompt) + batch["ends"].amax(1, keepdim=True) + 1 + k
         )
         return self.read((states * real[..., None]).sum(1) / real.sum(1, keepdim=True))
@@ -115,10 +116,10 @@ def released_batches(
 # %% ../../nbs/baselines/05_official_code.ipynb #cell-015
 def released_loss(model: Released, batch: dict[str, Tensor]) -> Tensor:
     "InfoNCE over each prompt's own candidates; a negative that is the target does not compete."
-    own, rows = batch["candidates"][:, :1], batch["candidates"]
+    target, rows = batch["candidates"][:, :1], batch["candidates"]
     scores = torch.einsum("bd,bcd->bc", model(batch), model.candidates()[rows]) / model.config.temperature
-    again = (rows == own) & (torch.arange(rows.shape[1], device=rows.device) > 0)
-    return F.cross_entropy(scores.masked_fill(again, -torch.inf).float(), torch.zeros_like(own[:, 0]))
+    repeated = (rows == target) & (torch.arange(rows.shape[1], device=rows.device) > 0)
+    return F.cross_entropy(scores.masked_fill(repeated, -torch.inf).float(), torch.zeros_like(target[:, 0]))
 
 
 # %% ../../nbs/baselines/05_official_code.ipynb #cell-018

@@ -54,9 +54,9 @@ def word_rows(uri: str, ids: np.ndarray) -> Tensor:  # (V,) token ids -> (V, D) 
         if table is not None:
             return torch.from_numpy(gguf.dequantize(table.data[ids], table.tensor_type).astype(np.float32))
     for path in sorted(source.glob("*.safetensors")):
-        found = next((t for name, t in load_file(path).items() if name.endswith("embed_tokens.weight")), None)
-        if found is not None:
-            return found[torch.from_numpy(ids)].float()
+        for name, weights in load_file(path).items():
+            if name.endswith("embed_tokens.weight"):
+                return weights[torch.from_numpy(ids)].float()
     raise ValueError(
         f"{uri}: no table of words in it; expected token_embd.weight in a .gguf file or embed_tokens.weight"
         " in safetensors"
@@ -128,17 +128,20 @@ def title_tokens(
 def lay_out(
     titles: Titles,
     items: np.ndarray,  # (B, T) item indices, -1 = padding at the right
-    soft: int = 0,  # places behind each title
+    soft: int = 0,  # free places after each title
 ) -> dict[str, Tensor]:  # words (B, L) rows of `titles.words`; ends (B, T) of each last word; -1 = none
-    "Titles one behind the other."
-    there = items >= 0
-    stop = np.where(there, titles.lengths[items] + soft, 0).cumsum(1)
+    "Lay titles one after the other, each with `soft` free places after its last word."
+    present = items >= 0
+    stop = np.where(present, titles.lengths[items] + soft, 0).cumsum(1)
     words = np.full((len(items), stop.max(initial=1)), -1, np.int64)
-    n, first = titles.lengths[items[there]], titles.offsets[:-1][items[there]]
+    n, first = titles.lengths[items[present]], titles.offsets[:-1][items[present]]
     within = np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)
-    row, column = np.repeat(there.nonzero()[0], n), np.repeat(stop[there] - soft - n, n) + within
+    row, column = np.repeat(present.nonzero()[0], n), np.repeat(stop[present] - soft - n, n) + within
     words[row, column] = titles.tokens[np.repeat(first, n) + within]
-    return {"words": torch.from_numpy(words), "ends": torch.from_numpy(np.where(there, stop - soft - 1, -1))}
+    return {
+        "words": torch.from_numpy(words),
+        "ends": torch.from_numpy(np.where(present, stop - soft - 1, -1)),
+    }
 
 
 # %% ../../nbs/baselines/04_titles.ipynb #cell-013

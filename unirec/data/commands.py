@@ -51,7 +51,7 @@ def run_schema(args: argparse.Namespace) -> None:
     if args.kind == "preset":
         print(preset_yaml(args.name), end="")
         return
-    from unirec.data.propose import propose_file
+    from .propose import propose_file
 
     print(propose_file(args.file, args.rows), end="")
 
@@ -171,7 +171,7 @@ def _find_stem(
     format: str,  # one of FORMATS
 ) -> str:
     "The stem of the raw files, where there is exactly one; raises ValueError that lists what is there."
-    from unirec.data.schema import RAW_FILES
+    from .schema import RAW_FILES
 
     if not raw.is_dir():
         raise FileNotFoundError(f"--raw {raw}: there is no such folder")
@@ -261,9 +261,9 @@ def run_prepare(args: argparse.Namespace) -> None:
     "Prepare a data set and print its quality report."
     _check_prepare(args)
     block = set_block(args)
-    from unirec.data.prepare import prepare
-    from unirec.data.quality import quality_text
-    from unirec.data.schema import SetSpec
+    from .prepare import prepare
+    from .quality import quality_text
+    from .schema import SetSpec
 
     spec = SetSpec.from_params(args.out.resolve().name, block)
     report = prepare(args.raw, spec, args.out, args.negatives, args.seed)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError as BodyError
 from urllib3.exceptions import NameResolutionError, ProtocolError
 
-from unirec.core.files import (
+from ..core.files import (
     advise_on_disk_errors,
     file_sha256,
     move_into_place,

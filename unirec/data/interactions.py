@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from unirec.data.jsonl import (
+from .jsonl import (
     BLOCK,
     TextColumn,
     count_records,

@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from unirec.core.files import (
+from ..core.files import (
     PICTURE_FORMATS,
     advise_on_disk_errors,
     move_into_place,

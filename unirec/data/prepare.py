@@ -23,7 +23,7 @@ from ..core.files import advise_on_disk_errors
 from .quality import quality_report
 from .readers import READERS
 from .schema import Schema, SetSpec
-from unirec.data.splits import (
+from .splits import (
     distinct_pairs,
     in_order,
     k_core,

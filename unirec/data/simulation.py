@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from unirec.data.marketplace import (
+from .marketplace import (
     BRANDS,
     CATEGORIES,
     COLORS,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from unirec.core.files import (
+from ..core.files import (
     advise_on_disk_errors,
     file_sha256,
     gunzip,

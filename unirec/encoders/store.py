@@ -31,7 +31,7 @@ from torch import Tensor
 from ..core.files import write_together
 from ..data.schema import TYPES, Attribute, Schema
 from .cache import Cached, hashes
-from unirec.encoders.modalities import (
+from .modalities import (
     ENCODER_OF,
     MODALITIES,
     TABLES,

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..data.histories import Histories
 from ..encoders.catalogue import Catalogue
 from ..encoders.modalities import TABLES
-from unirec.evaluation.metrics import (
+from .metrics import (
     TARGETS,
     counted_users,
     expected_ranks,

@@ -27,7 +27,7 @@ import scipy
 
 from ..baselines.registry import BASELINES
 from ..evaluation.metrics import TARGETS
-from unirec.evaluation.significance import (
+from ..evaluation.significance import (
     compare_models,
     detectable,
     holm,

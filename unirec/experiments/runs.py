@@ -20,7 +20,7 @@ from ..baselines.registry import Trained
 from ..core.params import digest
 from ..encoders.catalogue import Data
 from ..evaluation.diagnostics import schema_confusion
-from unirec.experiments.inputs import (
+from .inputs import (
     Inputs,
     changed_items,
     load_inputs,
@@ -31,7 +31,7 @@ from unirec.experiments.inputs import (
     rank_table,
 )
 from .judge import comparison_table, judge, pairs
-from unirec.experiments.record import (
+from .record import (
     Record,
     best_trials,
     drop_runs,

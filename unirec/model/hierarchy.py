@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..encoders.catalogue import Catalogue
 from ..encoders.modalities import TABLES
 from .events import visible_events
-from unirec.model.extensions import (
+from .extensions import (
     CausalUserEncoder,
     ContentShortcut,
     EventLayers,

@@ -50,7 +50,7 @@ def add_stage(p: argparse.ArgumentParser) -> None:
 
 def run_stage_command(args: argparse.Namespace) -> None:
     "Run a stage in this folder; raises ValueError for an unknown stage or data set."
-    from unirec.pipeline.runner import STAGES, run_stage
+    from .runner import STAGES, run_stage
 
     check_name(args.stage, STAGES, "stage")
     known = ["all"] if args.stage == "report" else project_params(Path("."))["sets"]
@@ -71,7 +71,7 @@ def add_verify(p: argparse.ArgumentParser) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:  # exit code
     "Compare the results with the reference and print how they differ, or write the reference."
-    from unirec.pipeline.runner import verify, write_reference
+    from .runner import verify, write_reference
 
     if args.write:
         for path in write_reference():
@@ -118,7 +118,7 @@ def run_profile_command(args: argparse.Namespace) -> int:  # exit code of dvc
         if not equals:
             raise ValueError(f"--set {word}: expected NAME=VALUE, model.user_tokens=8 for instance")
         changes[name] = yaml.safe_load(value)
-    from unirec.pipeline.workspace import run_profile
+    from .workspace import run_profile
 
     return run_profile(
         args.profile,
@@ -235,7 +235,7 @@ def run_recommend(args: argparse.Namespace) -> None:
     check_name(args.model, known_models(), "model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their developers
-        from unirec.pipeline.recommend import Recommender
+        from .recommend import Recommender
 
         recommender = Recommender.load(args.dataset, args.model, args.root, params)
         if attributes:
@@ -297,15 +297,15 @@ def run_doctor(args: argparse.Namespace) -> None:
     if args.dry_run:
         _dry_run(args, sizes)
         return
-    from unirec.pipeline.profiles import doctor_report
+    from .profiles import doctor_report
 
     print(doctor_report(args.root, [args.profile] if args.profile else None))
 
 
 def _dry_run(args: argparse.Namespace, sizes: dict[str, int]) -> None:
     "The dry run of a profile, in a scratch folder that is removed again."
-    from unirec.pipeline.dry_run import dry_run, dry_run_text
-    from unirec.pipeline.profiles import read_profile
+    from .dry_run import dry_run, dry_run_text
+    from .profiles import read_profile
 
     profile = read_profile(args.profile or "paper", args.root)
     if not profile.models:

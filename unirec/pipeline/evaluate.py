@@ -20,7 +20,7 @@ from ..baselines.registry import BASELINES, fit_baseline
 from ..core.device import pick_device
 from ..data.histories import Histories
 from ..encoders.catalogue import Data, item_vectors, load_test
-from unirec.evaluation.breakdowns import (
+from ..evaluation.breakdowns import (
     RecordingScorer,
     breakdown,
     list_figures,
@@ -28,7 +28,7 @@ from unirec.evaluation.breakdowns import (
     target_groups,
 )
 from ..evaluation.examples import examples
-from unirec.evaluation.metrics import (
+from ..evaluation.metrics import (
     TARGETS,
     expected_ranks,
     left_out,

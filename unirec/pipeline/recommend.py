@@ -28,7 +28,7 @@ from ..model.events import last_batches
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import MODELS, Scorer, UniRec
-from unirec.pipeline.artefacts import (
+from .artefacts import (
     ALL_STAGES,
     check_artefacts,
     check_settings,

@@ -39,7 +39,7 @@ from ..core.params import read_params
 from ..data.schema import SetSpec
 
 if TYPE_CHECKING:
-    from unirec.encoders.catalogue import Data
+    from ..encoders.catalogue import Data
 
 # %% ../../nbs/pipeline/03_runner.ipynb #cell-006
 RANK = int(os.environ.get("RANK", 0))  # which of several processes this is; the first one writes
@@ -103,7 +103,7 @@ class Run:
     @cached_property
     def data(self) -> "Data":
         "What training may see."
-        from unirec.encoders.catalogue import load  # torch, which the command does without
+        from ..encoders.catalogue import load  # torch, which the command does without
 
         return load(self.at("prepared"), self.at("embeddings"), self.spec)
 
@@ -159,12 +159,12 @@ def begin_stage(
 ) -> Run:
     "Begin a stage notebook. For a toy, the stages before this one are run first."
     if stage in ("pretrain", "finetune", "evaluate"):
-        from unirec.core.device import deterministic  # torch, which the command does without
+        from ..core.device import deterministic  # torch, which the command does without
 
         deterministic()
     if root:
         return Run(stage, dataset, Path(root), params)
-    from unirec.pipeline.stages import toy  # torch, which the command does without
+    from .stages import toy  # torch, which the command does without
 
     scratch, order = Path(tempfile.mkdtemp(prefix="unirec-toy-")), list(STAGES)
     before = order[order.index(stage) - 1] if stage != "download" else ""

@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D
 
 from ..core.params import read_yaml
 from ..evaluation.significance import format_p
-from unirec.experiments.judge import (
+from ..experiments.judge import (
     LEAST_SEEDS,
     compare_pair,
     ranks_by_variant,

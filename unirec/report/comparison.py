@@ -15,7 +15,7 @@ from markupsafe import escape
 from ..evaluation.significance import format_p
 from .figures import inline_svg, plot_differences, read_rows
 from .notes import OLD_RULE, seeds_note
-from unirec.report.recorded import (
+from .recorded import (
     HELD_OUT,
     against_reference,
     recorded_comparison,

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from ..data.quality import format_number, quality_tables
 from .comparison import comparison_view
-from unirec.report.explorer import (
+from .explorer import (
     comparison_charts,
     curve_charts,
     explorer_view,
@@ -24,7 +24,7 @@ from unirec.report.explorer import (
     policy,
     script_json,
 )
-from unirec.report.figures import (
+from .figures import (
     COMPARISON,
     best_validation,
     inline_svg,
@@ -34,7 +34,7 @@ from unirec.report.figures import (
     read_rows,
 )
 from .notes import kept_note, targets_sentence
-from unirec.report.tables import (
+from .tables import (
     Cell,
     environment,
     evaluation_view,

@@ -25,7 +25,7 @@ from ..evaluation.metrics import validation_figures
 from ..model.events import Events, packed_batches, seen_items_mask, training_batches, visible_events
 from ..model.hierarchy import EncoderConfig, Reconstruction
 from ..model.llm import LLMConfig
-from unirec.model.losses import (
+from ..model.losses import (
     POSITIVES,
     catalogue_cross_entropy,
     false_negatives,

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import unirec
+from ..core.files import move_into_place, sibling_path
 from ..encoders.catalogue import Data
 
 
@@ -91,18 +92,13 @@ def save_state(
     for i, slots in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{i}.{n}": t for n, t in slots.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part_of(path)
+    part = sibling_path(path, ".part")
     save_file(
         {n: t.contiguous() for n, t in tensors.items()},
         part,
         {"key": key, "run": json.dumps(asdict(run), default=float)},
     )
-    with part.open("rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    move_into_place(part, path)
 
 
 # %% ../../nbs/training/02_resume.ipynb #cell-013
@@ -127,14 +123,9 @@ def load_state(
     return None
 
 
-def _part_of(path: Path) -> Path:
-    "Where a state stands until it is whole."
-    return path.with_name(path.name + ".part")
-
-
 def remove_state(path: Path) -> None:
     "Delete a state, and one that was being written."
-    for file in (path, _part_of(path)):
+    for file in (path, sibling_path(path, ".part")):
         file.unlink(missing_ok=True)
 
 
