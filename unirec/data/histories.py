@@ -59,7 +59,7 @@ class Histories:
         return cls(offsets, item, time, frame.rating.to_numpy(np.float32, copy=True), rows, n_items)
 
     def append(self, other: "Histories") -> "Histories":
-        "Every user's events of `other` behind ours: train.append(valid) is the history at test time."
+        "Every user's events of `other` after ours: train.append(valid) is the history at test time."
         order = np.argsort(np.concatenate([self.users, other.users]), kind="stable")
         both = {
             f: np.concatenate([getattr(self, f), getattr(other, f)])[order]
@@ -91,7 +91,7 @@ class Histories:
         return np.where(events < stop[:, None], events, -1)
 
 
-# %% ../../nbs/data/16_histories.ipynb #cell-009
+# %% ../../nbs/data/16_histories.ipynb #cell-010
 def windows(
     h: Histories,  # train events
     length: int,  # inputs a window, at most
