@@ -30,8 +30,8 @@ from unirec.encoders.image_towers import read_picture
 from unirec.encoders.modalities import TABLES, fourier
 from unirec.encoders.store import build_store
 from unirec.evaluation.metrics import candidate_ranks, validation_figures
-from unirec.model import recommender
 from unirec.model.events import Events, last_batches, training_batches
+from unirec.model.forms import model_settings
 from unirec.model.hierarchy import EncoderConfig
 from unirec.model.llm import LLMConfig
 from unirec.model.recommender import UniRec
@@ -321,11 +321,11 @@ def test_fault_03_the_best_epoch_is_the_best_on_valid(toy_project, stage):
         project / "embeddings" / "toy",
         SetSpec.from_params("toy", params["sets"]["toy"]),
     )
-    for name, use_id in recommender.MODELS.items():
+    for name in params["forms"]:
         folder = project / "models" / "toy" / stage
         log = json.loads((folder / f"{name}.log.json").read_text())
         llm = LLMConfig(**params["llm"]) if stage == "finetune" else None
-        net = UniRec(data.catalogue, EncoderConfig(**params["model"], use_id=use_id), llm).restore(
+        net = UniRec(data.catalogue, EncoderConfig(**model_settings(params, name)["model"]), llm).restore(
             folder / f"{name}.safetensors"
         )
         assert max(row["mrr"] for row in log) == pytest.approx(

@@ -22,7 +22,8 @@ from unirec.core.params import read_params, write_params
 from unirec.model.llm import cache_folder
 from unirec.pipeline.runner import STAGES, run_stage, stage_params, strip_volatile
 
-MODELS = {"unirec", "unirec_id", "popularity", "markov", "itemknn", "mean_vectors", "sasrec"}
+FORMS = {"unirec_paper", "unirec", "unirec_id"}
+MODELS = FORMS | {"popularity", "markov", "itemknn", "mean_vectors", "sasrec"}
 DATASET = "sample"
 LIMIT = 1800  # seconds: only against hanging
 EXTERNAL = re.compile(r"<(script|link|img|iframe)[^>]*\b(src|href)\s*=\s*[\"']?\s*(https?:)?//", re.I)
@@ -162,8 +163,10 @@ def tiny(params: dict) -> dict:
     params["pretrain"]["fit"]["epochs"] = params["finetune"]["epochs"] = params["baselines"]["sasrec"]["fit"][
         "epochs"
     ] = 1
-    params["pretrain"]["batch"] = {"size": 32, "positions": 4, "steps": 1}
-    params["finetune"]["batch"] = {"size": 16, "positions": 2, "steps": 1}
+    params["pretrain"]["batch"] = {"size": 32, "positions": 4, "steps": 1, "most": 0}
+    params["finetune"]["batch"] = {"size": 16, "positions": 2, "steps": 1, "most": 0}
+    short = {"model.history": 10, "pretrain.fit.epochs": 1, "pretrain.batch.most": 0}
+    params["forms"]["unirec_paper"] |= short | {"finetune.batch.steps": 1, "finetune.batch.most": 0}
     params["pretrain"]["loss"]["items"] = params["finetune"]["loss"]["items"] = 32
     params["baselines"]["sasrec"]["model"] |= {"width": 16, "length": 10, "batch": 16, "steps": 4}
     params["evaluate"] |= {"negatives": 99, "examples": 3}
@@ -318,7 +321,7 @@ def test_results_are_whole_and_finite(clone):
     assert ours == pytest.approx(reported, abs=1e-6)
     curves = pd.read_csv(folder / "curves.csv")
     assert set(zip(curves.model, curves.stage)) == {
-        (m, s) for m in ("unirec", "unirec_id") for s in ("pretrain", "finetune")
+        (m, s) for m in FORMS for s in ("pretrain", "finetune")
     } | {("sasrec", "baseline")}
     assert all(
         math.isfinite(share[k])
@@ -401,7 +404,7 @@ def test_a_changed_parameter_reruns_what_depends_on_it(clone):
     run = clone.json("reports", "runs", DATASET, "run_finetune.json")
     assert run["params"]["finetune"]["epochs"] == changed["finetune"]["epochs"]
     after = clone.json("results", DATASET, "metrics.json")
-    assert {m for m in MODELS if after[m] != before[m]} <= {"unirec", "unirec_id"}, "the baselines stay"
+    assert {m for m in MODELS if after[m] != before[m]} <= FORMS, "the baselines stay"
     write_params(clone.folder, params)
     assert not stages_run(clone.run("dvc", "repro"))
     assert clone.json("results", DATASET, "metrics.json") == before

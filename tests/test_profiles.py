@@ -26,7 +26,8 @@ from unirec.pipeline.runner import STAGES
 from unirec.pipeline.workspace import random_models
 
 DATASET, LIMIT = "sample", 1800  # seconds: only against hanging
-MODELS = {"unirec", "unirec_id", "popularity", "markov", "itemknn", "mean_vectors", "sasrec"}
+FORMS = ("unirec_paper", "unirec_id")
+MODELS = {*FORMS, "popularity", "markov", "itemknn", "mean_vectors", "sasrec"}
 
 
 def state_of(root: Path) -> dict[str, bytes | None]:
@@ -214,7 +215,7 @@ def test_the_llm_was_a_qwen3_with_lora_and_the_better_epoch_was_kept(tiny):
         "Qwen2 and Llama have no such norms"
     )
     curves = pd.read_csv(folder / "results" / DATASET / "curves.csv")
-    for name in ("unirec", "unirec_id"):
+    for name in FORMS:
         state = load_file(folder / "models" / DATASET / "finetune" / f"{name}.safetensors")
         lora = {k: v for k, v in state.items() if ".lora_B." in k}
         assert {k.split(".lora_B.")[0].rpartition(".")[2] for k in lora} == set(LORA_MODULES) and len(

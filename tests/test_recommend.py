@@ -13,7 +13,7 @@ import pytest
 from unirec import cli
 from unirec.core.params import read_params, write_params
 from unirec.evaluation.metrics import full_ranks
-from unirec.model.recommender import MODELS
+from unirec.model.forms import MODELS
 from unirec.pipeline.artefacts import check_settings
 from unirec.pipeline.recommend import Recommender, model_names
 from unirec.pipeline.runner import stage_params

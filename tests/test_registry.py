@@ -13,7 +13,7 @@ from unirec.baselines.registry import BASELINES, Baseline, fit_baseline, train_b
 from unirec.data.schema import SetSpec
 from unirec.encoders.catalogue import load
 from unirec.experiments.variants import _training_code, code_key
-from unirec.model.recommender import MODELS
+from unirec.model.forms import MODELS
 from unirec.pipeline.evaluate import evaluate
 from unirec.pipeline.recommend import Recommender
 from unirec.report.figures import colours

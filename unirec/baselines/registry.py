@@ -31,7 +31,8 @@ from .sequential import GRU4RecConfig, SASRecConfig, gru4rec, sasrec
 from .titles import TextLLMConfig, text_llm
 from ..encoders.catalogue import Catalogue, Data, item_vectors
 from ..evaluation.metrics import validation_figures
-from ..model.recommender import MODELS, UniRec
+from ..model.forms import MODELS
+from ..model.recommender import UniRec
 from ..training.loop import FitConfig
 
 
@@ -181,8 +182,9 @@ BASELINES = {
 
 # %% ../../nbs/baselines/06_registry.ipynb #cell-013
 UNIREC_LOOK = {  # model -> (label, colour)
-    "unirec": ("the paper's attributes", "#0b8a83"),
-    "unirec_id": ("attributes and the item's id", "#d9622b"),
+    "unirec_paper": ("the paper's form", "#4f7f1f"),
+    "unirec": ("this companion's form", "#0b8a83"),
+    "unirec_id": ("this companion's form with ids", "#d9622b"),
 }
 
 

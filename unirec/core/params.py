@@ -176,7 +176,7 @@ def merged(
 
 
 # %% ../../nbs/core/02_params.ipynb #cell-019
-WHOLE_MAPPINGS = ("groups", "schema", "options", "split_options")  # mappings that are one value
+WHOLE_MAPPINGS = ("forms", "groups", "schema", "options", "split_options")  # mappings that are one value
 
 
 def merged_strictly(

@@ -37,7 +37,7 @@ from ..evaluation.significance import (
 )
 from .record import Record
 from .study import Study, planned
-from ..model.recommender import MODELS
+from ..model.forms import MODELS
 
 # %% ../../nbs/experiments/05_judge.ipynb #cell-006
 LEAST_SEEDS = 3

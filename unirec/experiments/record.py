@@ -35,7 +35,7 @@ from ..core.params import digest, read_yaml
 from .inputs import lock
 from .study import Study, jobs, planned, tested_with
 from .variants import settings
-from ..model.recommender import MODELS
+from ..model.forms import MODELS
 
 
 # %% ../../nbs/experiments/04_record.ipynb #cell-006

@@ -31,7 +31,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ..baselines.registry import BASELINES
 from ..core.params import read_yaml
-from ..model.recommender import MODELS
+from ..model.forms import MODELS
 
 
 # %% ../../nbs/experiments/01_study.ipynb #cell-006
@@ -115,7 +115,7 @@ class Study(Strict):
     datasets: Texts  # names under `sets`
     seeds: Seeds  # of training, for every variant
     protocols: Annotated[list[Protocol], AfterValidator(_distinct)] = ["leave_one_out"]  # ways of holding out
-    model: Literal["unirec", "unirec_id"] = "unirec"  # of `variants`
+    model: Literal["unirec_paper", "unirec", "unirec_id"] = "unirec"  # of `variants`
     variants: dict[
         str, dict[str, Any]
     ] = {}  # name -> {dotted name of params.yaml: value; data.<change>: value}

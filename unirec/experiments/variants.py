@@ -24,9 +24,10 @@ from ..encoders.catalogue import Data
 from ..evaluation.metrics import validation_figures
 from .inputs import Inputs, changed_items, name_encoder
 from .study import BLOCKS, Study, StudySet, item_changes, jobs, read_study, study_names
+from ..model.forms import MODELS, form_changes, model_settings
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
-from ..model.recommender import MODELS, UniRec
+from ..model.recommender import UniRec
 from ..pipeline.stages import finetune, pretrain
 
 
@@ -46,8 +47,13 @@ def settings(
         chosen = changes if study.grids else (tuned.get("settings", {}).get(source) or {}).get(model)
         longer = (tuned.get("baselines") or {}).get(model)
         return merged(params["baselines"].get(model), longer, chosen, BASELINES[model].fixed), {}
+    form = form_changes(params, model)
+    form.pop("model.use_id", None)  # the model's name says it
+    # a budget says how long every model is trained; the form's own shape goes over that of the budget
     changes = {
+        **form,
         **params["budgets"][study.budget],
+        **{name: value for name, value in form.items() if name.startswith(("model.", "llm."))},
         **study.base,
         **((tuned.get("unirec") or {}).get(dataset) or {}),
         **study.per_set.get(dataset, {}),
@@ -339,7 +345,7 @@ def _train_stages(
         params["finetune"]["fit"]["budget_seconds"] = max(1.0, budget - seconds)
     folders.append(second)
     seconds += _train_once(second, lambda: finetune(data, params, first, second, second / "states", (model,)))
-    config = EncoderConfig(**params["model"], use_id=MODELS[model])
+    config = EncoderConfig(**model_settings(params, model)["model"])
     net = UniRec(data.catalogue, config, LLMConfig(**params["llm"])).restore(second / f"{model}.safetensors")
     log = [row for f in folders for row in json.loads((f / f"{model}.log.json").read_text())]
     kept = json.loads((second / f"{model}.kept.json").read_text())
@@ -362,7 +368,9 @@ def train_variant(
     if model in BASELINES:
         trained = train_baseline(model, inputs.data, whole, seed, budget)
         return trained, inputs.data, getattr(trained.scorer, "log", [])
-    params, data = {**params, **whole}, inputs.data
+    # the form is in the settings already, but for the id
+    ids = form_changes(params, model).get("model.use_id", False)
+    params, data = {**params, **whole, "forms": {model: {"model.use_id": ids}}}, inputs.data
     if changes:
         catalogue = changed_items(data, changes, seed, name_encoder(params, data))
         data = replace(data, catalogue=catalogue)

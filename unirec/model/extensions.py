@@ -243,9 +243,11 @@ class CausalUserEncoder(nn.Module):
         dropout: float,
         history: int,  # events of a window, at most
         recent: bool = False,  # the recent-items shortcut
+        rating: bool = True,  # are ratings read?
     ):
         super().__init__()
-        self.time, self.rating = nn.Linear(11, width), nn.Linear(2, width)
+        self.time = nn.Linear(11, width)
+        self.rating = nn.Linear(2, width) if rating else None
         self.review = nn.Linear(c.reviews.shape[1], width, bias=False) if len(c.reviews) else None
         for part in (self.time, self.rating, self.review):
             if part is not None:
@@ -273,7 +275,9 @@ class CausalUserEncoder(nn.Module):
         batch: dict[str, Tensor],  # of `Events.batch`
     ) -> Tensor:  # (B, T, width)
         "The state after every event."
-        x = vectors + self.time(batch["time"]) + self.rating(batch["rating"])
+        x = vectors + self.time(batch["time"])
+        if self.rating is not None:
+            x = x + self.rating(batch["rating"])
         if self.review is not None:
             written = (batch["review"] >= 0)[..., None]
             x = x + self.review(c.reviews[batch["review"].clamp_min(0)]) * written

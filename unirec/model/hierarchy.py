@@ -6,6 +6,7 @@
 __all__ = [
     "USER_LEVELS",
     "CANDIDATES",
+    "EVENTS",
     "EncoderConfig",
     "ItemEncoder",
     "Reconstruction",
@@ -43,11 +44,14 @@ USER_LEVELS = ("qformer", "flat", "none", "causal")
 CANDIDATES = ("head", "mean")
 
 
+EVENTS = ("vector", "tokens")
+
+
 # %% ../../nbs/model/06_hierarchy.ipynb #cell-007
 @dataclass
 class EncoderConfig:
-    """Shape of both levels; every field but `use_id`, which the model's name sets, stands in params.yaml
-    under `model`."""
+    """Shape of both levels; every field but `use_id`, which a form sets (`model.forms`), stands in
+    params.yaml under `model`."""
 
     width: int = 128  # of triplets, item tokens and user tokens
     out: int = 128  # of query and candidate embeddings
@@ -77,6 +81,11 @@ class EncoderConfig:
     # how an item's tokens become its candidate embedding: head (a map of all of them), mean (their mean; out
     # = width)
     candidate: str = "head"
+    centre: bool = True  # extension: candidate embeddings are centred and scaled over the catalogue
+    # what the user Q-Former reads of an event: vector (a map of all item tokens), tokens (each of them)
+    event: str = "vector"
+    rating: bool = True  # extension: an event has its rating, too
+    recency: bool = True  # extension: a learned bias of the user level on how long ago an event was
     residual: bool = True  # extension: the mean-triplet shortcut
     recent: bool = True  # extension: the recent-items shortcut
     condition: bool = True  # extension: the query from the last event
@@ -91,6 +100,13 @@ class EncoderConfig:
             raise ValueError(f"fusion {self.fusion!r}: use one of {', '.join(FUSIONS)}")
         if self.candidate not in CANDIDATES:
             raise ValueError(f"candidate {self.candidate!r}: use one of {', '.join(CANDIDATES)}")
+        if self.event not in EVENTS:
+            raise ValueError(f"event {self.event!r}: use one of {', '.join(EVENTS)}")
+        if self.event == "tokens" and (self.user_level != "qformer" or self.event_layers or self.condition):
+            raise ValueError(
+                "event 'tokens' is read by the user Q-Former alone: set user_level to 'qformer', event_layers"
+                " to 0 and condition to false, or use 'vector'"
+            )
         if self.candidate == "mean" and self.out != self.width:
             raise ValueError(
                 f"candidate 'mean' has the width of the tokens ({self.width}), but out is {self.out}: make"
@@ -158,9 +174,10 @@ class ItemEncoder(nn.Module):
         self.qformer = make_fusion(config.fusion, config.item_shape)
         self.head = None
         if config.candidate == "head":
-            # no bias: the centring behind it would take it off again
-            self.head = nn.Linear(config.item_tokens * config.width, config.out, bias=False)
-        self.centre = nn.BatchNorm1d(config.out, affine=False)
+            # no bias where the centring behind it would take it off again
+            inputs = config.item_tokens * config.width
+            self.head = nn.Linear(inputs, config.out, bias=not config.centre)
+        self.centre = nn.BatchNorm1d(config.out, affine=False) if config.centre else None
         self.skip = ContentShortcut(catalogue, config.width) if config.skip else None
         self.ids = ItemIds(catalogue, config.width, config.id_dropout) if config.use_id else None
 
@@ -186,11 +203,14 @@ class ItemEncoder(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:  # (n, K_item, width) -> (n, out)
         "Candidate embeddings of length 1."
-        return F.normalize(self.centre(self.uncentred(tokens)), dim=-1)
+        x = self.uncentred(tokens)
+        return F.normalize(x if self.centre is None else self.centre(x), dim=-1)
 
     @torch.no_grad()
     def update_centre(self, c: Catalogue) -> None:
         "Take the exact mean and variance of the catalogue, as evaluation encodes it, not the running ones."
+        if self.centre is None:
+            return
         training = self.training
         x = self.eval().uncentred(self(c))
         mean, variance = self.centre.running_mean, self.centre.running_var
@@ -251,14 +271,16 @@ class Reconstruction(nn.Module):
 # %% ../../nbs/model/06_hierarchy.ipynb #cell-017
 class EventEncoder(nn.Module):
     """Item, time, rating and review of an event -> what the user level reads (B, T, S, width);
-    S = 1, or the attributes of an item where `user_level` is flat."""
+    S = 1, K_item where `event` is tokens, or the attributes of an item where `user_level` is flat."""
 
     def __init__(self, catalogue: Catalogue, config: EncoderConfig):
         super().__init__()
         flat, width = config.user_level == "flat", config.width
         self.triplets = TripletEncoder(catalogue, config.triplets) if flat else None
-        self.item = None if flat else nn.Linear(config.item_tokens * width, width)
-        self.time, self.rating = nn.Linear(11, width), nn.Linear(2, width)
+        self.each = config.event == "tokens"  # does the user level read every item token?
+        self.item = None if flat else nn.Linear((1 if self.each else config.item_tokens) * width, width)
+        self.time = nn.Linear(11, width)
+        self.rating = nn.Linear(2, width) if config.rating else None
         self.review = nn.Linear(catalogue.reviews.shape[1], width) if len(catalogue.reviews) else None
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(config.dropout)
 
@@ -269,13 +291,16 @@ class EventEncoder(nn.Module):
         batch: dict[str, Tensor],  # of `Events.batch`
     ) -> tuple[Tensor, Tensor]:  # (B, T, S, width), (B, T, S) bool
         "Vectors, and where there is one."
-        x = self.time(batch["time"]) + self.rating(batch["rating"])  # (B, T, width)
+        x = self.time(batch["time"])  # (B, T, width)
+        if self.rating is not None:
+            x = x + self.rating(batch["rating"])
         if self.review is not None:
             written = (batch["review"] >= 0)[..., None]
             x = x + self.review(c.reviews[batch["review"].clamp_min(0)]) * written
         if self.item is not None:
-            x = (x + self.item(tokens.flatten(2)))[:, :, None]
-            exists = batch["present"][..., None]
+            read = tokens if self.each else tokens.flatten(2)[:, :, None]
+            x = x[:, :, None] + self.item(read)
+            exists = batch["present"][..., None].expand(x.shape[:3])
         else:
             assert self.triplets is not None  # the flat form
             distinct, place = batch["items"].unique(return_inverse=True)
@@ -289,6 +314,8 @@ class EventEncoder(nn.Module):
 class UserEncoder(nn.Module):
     "Events of histories -> user tokens (B, P, K_user, width) and their pooled query (B, P, out)."
 
+    recency: Tensor  # (heads, history) the bias at each distance
+
     def __init__(self, catalogue: Catalogue, config: EncoderConfig):
         super().__init__()
         self.config, width = config, config.width
@@ -300,10 +327,14 @@ class UserEncoder(nn.Module):
             )
         if config.condition and config.user_level == "qformer":
             self.start = LastEventQuery(width, config.user_tokens)
-        # each head forgets at its own pace: (heads, history), the bias at each distance
+        # each head forgets at its own pace
         heads = 1 if config.user_level == "none" else config.heads
         pace = torch.linspace(0.05, 1.0, heads)[:, None]
-        self.recency = nn.Parameter(-pace * torch.arange(config.history).float().sqrt())
+        bias = -pace * torch.arange(config.history).float().sqrt()
+        if config.recency:
+            self.recency = nn.Parameter(bias)
+        else:
+            self.register_buffer("recency", torch.zeros_like(bias), persistent=False)
         if config.user_level != "none":
             self.qformer = QFormer(config.user_shape)
         self.head = nn.Linear(config.user_tokens * width, config.out)
@@ -356,4 +387,4 @@ def make_users(catalogue: Catalogue, config: EncoderConfig) -> nn.Module:
     if config.user_level != "causal":
         return UserEncoder(catalogue, config)
     sizes = config.width, config.event_layers, config.heads, config.dropout, config.history
-    return CausalUserEncoder(catalogue, *sizes, recent=config.recent)
+    return CausalUserEncoder(catalogue, *sizes, recent=config.recent, rating=config.rating)

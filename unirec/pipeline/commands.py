@@ -158,9 +158,9 @@ def add_recommend(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--model",
-        default="unirec",
         metavar="NAME",
-        help="unirec, unirec_id, or a baseline that only counts, as popularity (default: %(default)s)",
+        help="unirec_paper, unirec, unirec_id, or a baseline that only counts, as popularity (default:"
+        " unirec)",
     )
     p.add_argument(
         "--top", type=int, default=LIST_LENGTH, metavar="N", help="places of the list (default: %(default)s)"
@@ -232,7 +232,8 @@ def run_recommend(args: argparse.Namespace) -> None:
         raise ValueError(f"--top {args.top}: a list has at least one place")
     params = project_params(args.root)
     check_name(args.dataset, params["sets"], "data set")
-    check_name(args.model, known_models(), "model")
+    if args.model is not None:
+        check_name(args.model, known_models(), "model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their developers
         from .recommend import Recommender

@@ -29,6 +29,7 @@ from ..data.schema import Schema
 from ..data.sources import download
 from ..encoders.catalogue import Data, load
 from ..model.events import Events, training_batches
+from ..model.forms import form_names, model_settings
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import UniRec
@@ -256,7 +257,7 @@ def _two_steps(data: Data, params: Mapping, folder: Path, log: Callable[[str], N
 
     Returns losses, seconds and the peak of memory.
     """
-    models = ("unirec",)
+    models = form_names(params)[:1]
     stages = {
         "pretrain": lambda: pretrain(data, params, folder / "pretrain", models=models),
         "finetune": lambda: finetune(data, params, folder / "pretrain", folder / "finetune", models=models),
@@ -264,7 +265,7 @@ def _two_steps(data: Data, params: Mapping, folder: Path, log: Callable[[str], N
     out = {}
     for stage, train in stages.items():
         start = time.perf_counter()
-        row = train()["unirec"][-1]
+        row = train()[models[0]][-1]
         peak, loss, seconds = peak_memory_mb(), row["loss"], row["seconds"] / _STEPS
         out[stage] = {
             "steps": _STEPS,
@@ -279,7 +280,8 @@ def _two_steps(data: Data, params: Mapping, folder: Path, log: Callable[[str], N
 
 # %% ../../nbs/pipeline/07_dry_run.ipynb #cell-021
 def _examine(data: Data, params: Mapping, checkpoint: Path) -> dict:
-    "Parameters, units, and a whole step of stage 2."
+    "Parameters, units, and a whole step of stage 2; of the first form."
+    params = model_settings(params, form_names(params)[0])
     config, llm_config = EncoderConfig(**params["model"]), LLMConfig(**params["llm"])
     model = UniRec(data.catalogue, config, llm_config).restore(checkpoint)
     shape = params["finetune"]["batch"]
@@ -335,10 +337,12 @@ def dry_run(
         log(f"four items encoded, peak so far {peak_memory_mb():.0f} MB")
         data = load(prepared, store, spec)
         trained = _two_steps(data, params, scratch / "models", log)
-        model = _examine(data, params, scratch / "models" / "finetune" / "unirec.safetensors")
+        name = form_names(params)[0]
+        model = _examine(data, params, scratch / "models" / "finetune" / f"{name}.safetensors")
     model["parameters"] = parameters | model["parameters"]
     model["units"] = units | model["units"]
-    flops = run_flops(model["units"], profile.params, sizes)
+    forms = form_names(profile.params)
+    flops = run_flops(model["units"], model_settings(profile.params, forms[0]), sizes, len(forms))
     total = sum(flops.values())
     return {
         "profile": profile.name,

@@ -7,7 +7,7 @@ __all__ = ["llm_share", "evaluate"]
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-003
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,22 +37,23 @@ from ..evaluation.metrics import (
     target_kinds,
 )
 from ..model.events import Events, last_batches
+from ..model.forms import form_names, model_settings
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
-from ..model.recommender import MODELS, UniRec
+from ..model.recommender import UniRec
 
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-006
 def trained_models(
     data: Data,
-    params: Mapping,  # model and llm of params.yaml
+    params: Mapping,  # forms, model and llm of params.yaml
     models: Path,  # folder with stage 2's checkpoints
-) -> dict[str, UniRec]:  # `unirec` and `unirec_id`
+) -> dict[str, UniRec]:  # name of a form -> model
     "The models of stage 2, on the device that is there."
     nets = {}
-    for name, use_id in MODELS.items():
-        config = EncoderConfig(**params["model"], use_id=use_id)
-        net = UniRec(data.catalogue, config, LLMConfig(**params["llm"]))
+    for name in form_names(params):
+        settings = model_settings(params, name)
+        net = UniRec(data.catalogue, EncoderConfig(**settings["model"]), LLMConfig(**settings["llm"]))
         nets[name] = net.restore(models / "finetune" / f"{name}.safetensors").to(pick_device())
     return nets
 
@@ -158,20 +159,23 @@ def write_breakdowns(
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-016
 def learning_curves(
     models: Path,  # folder with the logs of both stages
+    names: Iterable[str],  # of the forms
     baselines: Mapping[str, Callable],  # name -> scorer
-) -> pd.DataFrame:  # model, stage, epoch, loss, mrr, seconds
+) -> pd.DataFrame:  # model, stage, epoch, loss, mrr, seconds, stopped
     "Loss and validation MRR of every epoch of every model that is trained in epochs."
     logs = []
     for stage in ("pretrain", "finetune"):
-        for name in MODELS:
+        for name in names:
             logs.append((name, stage, json.loads((models / stage / f"{name}.log.json").read_text())))
     for name, scorer in baselines.items():
         logs.append((name, "baseline", getattr(scorer, "log", [])))
     rows = []
     for name, stage, log in logs:
         for row in log:
-            rows.append((name, stage, row["epoch"], row["loss"], row["mrr"], row["seconds"]))
-    return pd.DataFrame(rows, columns=["model", "stage", "epoch", "loss", "mrr", "seconds"])
+            figures = [row[figure] for figure in ("epoch", "loss", "mrr", "seconds")]
+            rows.append((name, stage, *figures, row.get("stopped", "")))
+    columns = ["model", "stage", "epoch", "loss", "mrr", "seconds", "stopped"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-019
@@ -223,7 +227,7 @@ def evaluate(
     prepared: Path,  # folder of the prepared tables, with the test split
     models: Path,  # folder with the checkpoints of both stages
     raw: Path,  # folder of the raw files, which hold the pictures
-    params: Mapping,  # model, llm, baselines, evaluate and seed of params.yaml
+    params: Mapping,  # forms, model, llm, baselines, evaluate and seed of params.yaml
     results: Path,  # folder of the tables
     predictions: Path,  # folder of ranks and examples
 ) -> pd.DataFrame:  # the comparison, one row for each metric of each model
@@ -256,7 +260,7 @@ def evaluate(
     write_breakdowns(data, h, targets, full_ranks, lists, nets, results)
     ties = [(name, (1 / full_ranks[name][new]).mean(), (1 / shuffled[name][new]).mean()) for name in counted]
     _write_csv(pd.DataFrame(ties, columns=["model", "mrr", "mrr_shuffled"]), results / "ties.csv")
-    _write_csv(learning_curves(models, baselines), results / "curves.csv")
+    _write_csv(learning_curves(models, nets, baselines), results / "curves.csv")
 
     predictions.mkdir(parents=True, exist_ok=True)
     columns = {"seed": params["seed"], "user": range(len(h)), "target": kinds}

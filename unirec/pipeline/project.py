@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.params import kind, read_params
+from ..model.forms import MODELS
 
 # %% ../../nbs/pipeline/04_project.ipynb #cell-006
 LIST_LENGTH = 10  # places of a list of recommendations where nobody asks for another number
@@ -99,7 +100,7 @@ def _table_keys(
 def known_models() -> list[str]:
     "UniRec's models and all baselines, by name; `recommend` can be asked for some of them."
     return [
-        *_table_keys("unirec.model.recommender", "MODELS"),
+        *MODELS,
         *_table_keys("unirec.baselines.registry", "BASELINES"),
     ]
 

@@ -6,7 +6,7 @@
 __all__ = ["model_names", "Recommender"]
 
 # %% ../../nbs/pipeline/10_recommend.ipynb #cell-003
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +25,10 @@ from ..encoders.catalogue import Data, item_vectors, load
 from ..evaluation.examples import attention_shares, item_kinds, nearest_events
 from ..evaluation.metrics import expected_ranks, history_mask, left_out
 from ..model.events import last_batches
+from ..model.forms import MODELS, form_names, model_settings
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
-from ..model.recommender import MODELS, Scorer, UniRec
+from ..model.recommender import Scorer, UniRec
 from .artefacts import (
     ALL_STAGES,
     check_artefacts,
@@ -43,23 +44,26 @@ from .stages import towers
 
 
 # %% ../../nbs/pipeline/10_recommend.ipynb #cell-006
-def model_names() -> list[str]:
+def model_names(
+    forms: Iterable[str] = MODELS,  # that are trained
+) -> list[str]:
     "UniRec's models, from their checkpoints, and the baselines that only count and need none."
-    return [*MODELS, *(name for name, b in BASELINES.items() if b.pipeline and not b.drawn)]
+    return [*forms, *(name for name, b in BASELINES.items() if b.pipeline and not b.drawn)]
 
 
 def _scorer_of(
     name: str,  # one of `model_names()`
     data: Data,
-    settings: Mapping,  # model, llm and baselines of params.yaml
+    settings: Mapping,  # forms, model, llm and baselines of params.yaml
     models: Path,  # the folder with `finetune`
 ) -> tuple[Callable, UniRec | None]:  # (histories, users) -> (B, N) scores; None for a baseline
     "A model's scorer, and its network; raises ValueError that names settings which cannot be used."
     if name not in MODELS:
         with settings_block(f"baselines.{name}"):
             return fit_baseline(name, data, settings["baselines"].get(name) or {}), None
+    settings = model_settings(settings, name)
     with settings_block("model"):
-        config = EncoderConfig(**settings["model"], use_id=MODELS[name])
+        config = EncoderConfig(**settings["model"])
     with settings_block("llm"):
         llm = LLMConfig(**settings["llm"])
     net = UniRec(data.catalogue, config, llm)
@@ -269,7 +273,8 @@ class Recommender(TrainedModel):
     def load(
         cls,
         dataset: str,  # a name under `sets` in params.yaml
-        model: str = "unirec",  # one of `model_names()`
+        # one of `model_names()`; None: `unirec`, or the first form where there is no such model
+        model: str | None = None,
         root: str | Path = ".",  # the project's folder
         params: Mapping | None = None,  # None: params.yaml of that folder
     ) -> "Recommender":
@@ -281,7 +286,9 @@ class Recommender(TrainedModel):
         root = Path(root)
         params = project_params(root) if params is None else params
         check_name(dataset, params["sets"], "data set")
-        check_name(model, model_names(), "model")
+        forms = form_names(params)
+        model = model or ("unirec" if "unirec" in forms else forms[0])
+        check_name(model, model_names(forms), "model")
         data, users, targets = _load_checked(root, dataset, params, model if model in MODELS else None)
         settings = stage_settings(params, "evaluate", dataset)
         scorer, net = _scorer_of(model, data, settings, root / "models" / dataset)

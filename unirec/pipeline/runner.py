@@ -48,9 +48,12 @@ STAGES = {
     "download": ("01_download", ["sets.{dataset}", "data"]),
     "prepare": ("02_prepare", ["sets.{dataset}", "evaluate.negatives", "seed"]),
     "embed": ("03_embed", ["sets.{dataset}", "encode"]),
-    "pretrain": ("04_pretrain", ["sets.{dataset}.schema", "model", "pretrain", "seed"]),
-    "finetune": ("05_finetune", ["sets.{dataset}.schema", "model", "llm", "finetune", "seed"]),
-    "evaluate": ("06_evaluate", ["sets.{dataset}", "model", "llm", "baselines", "evaluate", "seed"]),
+    "pretrain": ("04_pretrain", ["sets.{dataset}.schema", "forms", "model", "pretrain", "seed"]),
+    "finetune": ("05_finetune", ["sets.{dataset}.schema", "forms", "model", "llm", "finetune", "seed"]),
+    "evaluate": (
+        "06_evaluate",
+        ["sets.{dataset}", "forms", "model", "llm", "baselines", "evaluate", "seed"],
+    ),
     "report": ("07_report", ["datasets", "budget", "report", "sets"]),
 }
 

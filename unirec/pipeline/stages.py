@@ -33,10 +33,11 @@ from ..data.sources import download
 from ..encoders.catalogue import Data, load
 from ..encoders.modalities import ENCODER_OF, MODALITIES, Files, encoders_of
 from ..encoders.store import build_store
+from ..model.forms import form_names, model_settings
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
-from ..model.recommender import MODELS
 from .evaluate import evaluate
+from ..training.curves import flat
 from ..training.loop import FitConfig
 from ..training.objective import MODES, LossConfig, train
 
@@ -116,17 +117,19 @@ def embed(
 # %% ../../nbs/pipeline/01_stages.ipynb #cell-014
 def pretrain(
     data: Data,
-    params: Mapping,  # model, pretrain and seed of params.yaml
+    params: Mapping,  # forms, model, pretrain and seed of params.yaml
     out: Path,  # folder of checkpoints and logs
     states: Path | None = None,  # folder of the states that a killed run goes on from
-    models: Iterable[str] = tuple(MODELS),
+    models: Iterable[str] | None = None,  # names of forms; None: all of `forms`
 ) -> dict[str, list[dict]]:  # model -> one row an epoch
     "Stage 1: train the encoder without the LLM."
-    settings, logs = params["pretrain"], {}
-    for name in models:
+    logs = {}
+    for name in models or form_names(params):
+        whole = model_settings(params, name)
+        settings = whole["pretrain"]
         logs[name] = train(
             data,
-            EncoderConfig(**params["model"], use_id=MODELS[name]),
+            EncoderConfig(**whole["model"]),
             FitConfig(**settings["fit"], seed=params["seed"]),
             LossConfig(**settings["loss"]),
             settings["batch"],
@@ -155,32 +158,43 @@ def kept_model(
 
 
 # %% ../../nbs/pipeline/01_stages.ipynb #cell-020
-def finetune(
-    data: Data,
-    params: Mapping,  # model, llm, finetune and seed of params.yaml
-    start: Path,  # folder of stage 1's checkpoints
-    out: Path,  # folder of checkpoints and logs
-    states: Path | None = None,  # folder of the states that a killed run goes on from
-    models: Iterable[str] = tuple(MODELS),
-) -> dict[str, list[dict]]:  # model -> one row an epoch
-    "Stage 2: train encoder and LLM, or the LLM part alone; raises ValueError for an unknown mode."
-    settings = params["finetune"]
+def _finetune_configs(
+    settings: Mapping,  # params.yaml's `finetune`
+    seed: int,
+) -> tuple[FitConfig, LossConfig]:
+    "How stage 2 is trained; raises ValueError for an unknown mode."
     mode = settings["mode"]
     if mode not in MODES:
         raise ValueError(f"finetune.mode {mode!r}: use one of {', '.join(MODES)}")
-    fit_settings = {"epochs": settings["epochs"], **settings["fit"], "seed": params["seed"]}
+    fit_settings = {"epochs": settings["epochs"], **settings["fit"], "seed": seed}
     loss_settings = dict(settings["loss"])
     if mode == "end_to_end":
         instead = settings["end_to_end"]
         fit_settings |= {name: instead[name] for name in ("epochs", "lr") if name in instead}
         loss_settings |= {name: instead[name] for name in ("recon", "contrast") if name in instead}
-    llm, logs = LLMConfig(**params["llm"]), {}
-    for name in models:
+    return FitConfig(**fit_settings), LossConfig(**loss_settings)
+
+
+def finetune(
+    data: Data,
+    params: Mapping,  # forms, model, llm, finetune and seed of params.yaml
+    start: Path,  # folder of stage 1's checkpoints
+    out: Path,  # folder of checkpoints and logs
+    states: Path | None = None,  # folder of the states that a killed run goes on from
+    models: Iterable[str] | None = None,  # names of forms; None: all of `forms`
+) -> dict[str, list[dict]]:  # model -> one row an epoch
+    "Stage 2: train encoder and LLM, or the LLM part alone; raises ValueError for an unknown mode."
+    logs = {}
+    for name in models or form_names(params):
+        whole = model_settings(params, name)
+        settings, llm = whole["finetune"], LLMConfig(**whole["llm"])
+        mode = settings["mode"]
+        fit_config, loss_config = _finetune_configs(settings, params["seed"])
         logs[name] = train(
             data,
-            EncoderConfig(**params["model"], use_id=MODELS[name]),
-            FitConfig(**fit_settings),
-            LossConfig(**loss_settings),
+            EncoderConfig(**whole["model"]),
+            fit_config,
+            loss_config,
             settings["batch"],
             out / f"{name}.safetensors",
             llm=llm,
@@ -192,14 +206,19 @@ def finetune(
             average=settings["average"],
         )
         if int(os.environ.get("RANK", 0)) == 0:  # the first process writes
-            kept = json.dumps(kept_model(logs[name], llm, started=mode != "end_to_end"), indent=1)
-            (out / f"{name}.kept.json").write_text(kept)
+            kept = kept_model(logs[name], llm, started=mode != "end_to_end")
+            first = start / f"{name}.log.json"
+            curves = {} if mode == "end_to_end" or not first.exists() else {"pretrain": first}
+            flat_stages = {stage: flat(json.loads(path.read_text())) for stage, path in curves.items()}
+            kept["flat"] = flat_stages | {"finetune": flat(logs[name])}
+            (out / f"{name}.kept.json").write_text(json.dumps(kept, indent=1))
     return logs
 
 
 # %% ../../nbs/pipeline/01_stages.ipynb #cell-024
 _TOY = """
 seed: 0
+forms: {unirec: {}, unirec_id: {model.use_id: true}}
 sets:
   toy:
     format: amazon2023
