@@ -57,6 +57,11 @@ class CausalReader(Reader):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
+    @property
+    def silent(self) -> bool:
+        "Is the head zero, as at the start of stage 2, so that the LLM has no influence?"
+        return not bool(self.head.weight.any() or self.head.bias.any())
+
     def forward(
         self,
         vectors: Tensor,  # (B, T, width) candidate embeddings of the events' items

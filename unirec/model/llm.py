@@ -20,6 +20,8 @@ __all__ = [
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -272,3 +274,20 @@ class Reader(nn.Module):
     def read(self, states: Tensor) -> Tensor:  # (..., D) -> (..., out)
         "The query out of the LLM's last hidden state."
         return self.head(self.norm(states.float()))
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        "Adapters inside the frozen weights, for evaluation; afterwards the weights are as before."
+        body: Any = self.body
+        layers = [m.base_layer for m in body.modules() if hasattr(m, "base_layer")]
+        if not layers or layers[0].weight.dtype != torch.float32:  # bfloat16 would round their sum
+            yield
+            return
+        frozen = [layer.weight.data for layer in layers]
+        body.merge_adapter(safe_merge=True)  # into a copy
+        try:
+            yield
+        finally:
+            body.unmerge_adapter()
+            for layer, weight in zip(layers, frozen, strict=True):
+                layer.weight.data = weight

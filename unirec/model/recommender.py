@@ -8,6 +8,7 @@ __all__ = ["pack", "branch_ends", "PackedLLM", "one_by_one", "map_tensors", "Sco
 # %% ../../nbs/model/09_recommender.ipynb #cell-003
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -234,13 +235,17 @@ class Scorer:
             raise ValueError(
                 f"user row {np.asarray(users)[int((index[:, 0] < 0).int().argmax())]} has no history"
             )
-        queries = []
-        for part in index.split(64):
-            batch, ends = last_of_each(events, part, packed=self.model.causal)
-            batch = {k: v.to(device) for k, v in batch.items()}
-            query = self.model.query(self.tokens, batch, self.with_llm, self.candidates)
-            queries.append(query.flatten(0, 1)[ends.to(device)])
-        scores = torch.cat(queries) @ self.candidates.T
+        order, queries = torch.arange(len(index)), []
+        if not self.model.causal:  # whose windows are packed; here those alike in length share a batch
+            order = (index >= 0).sum(1).argsort(stable=True)
+        llm = self.model.llm if self.with_llm else None
+        with nullcontext() if llm is None else llm.merged():
+            for part in index[order].split(64):
+                batch, ends = last_of_each(events, part, packed=self.model.causal)
+                batch = {k: v.to(device) for k, v in batch.items()}
+                query = self.model.query(self.tokens, batch, self.with_llm, self.candidates)
+                queries.append(query.flatten(0, 1)[ends.to(device)])
+        scores = torch.cat(queries)[order.argsort().to(device)] @ self.candidates.T
         if self.model.again is not None:  # each seen item once
             seen = events.items[torch.where(index < 0, index[:, :1], index)].to(device)
             scores.scatter_(1, seen, scores.gather(1, seen) + self.model.again)
@@ -312,7 +317,9 @@ class UniRec(Checkpointed):
         "The states after each position's last event."
         states = self.users(self.catalogue, vectors, batch)
         output = None
-        if self.llm is not None and with_llm:
+        # with a head of zero the LLM has no influence, so it is not run
+        silent = not self.training and self.adds and self.llm is not None and self.llm.silent
+        if self.llm is not None and with_llm and not silent:
             output = at_positions(self.llm(vectors, states, batch), batch["positions"])
         return self.users.pool(states, vectors, batch), output
 
