@@ -537,7 +537,7 @@ def test_comparison_with_seeds_is_shown(visit):
     rows = recorded.first.locator("tbody tr").all_inner_texts()
     assert [row.split()[0] for row in rows[:2]] == ["sasrec", "unirec"]
     assert "-0.0120 to +0.0080" in rows[1] and rows[1].endswith("undecided")
-    assert "UniRec trails by 2.0%, verdict: undecided" in made_up.inner_text()
+    assert "unirec trails by 2.0%, verdict: undecided" in made_up.inner_text()
     assert "2 runs are recorded" in made_up.inner_text()
     heads = ["model", "last event, full", "ties shuffled", "among 100", "last five, full"]
     assert made_up.locator(".robust thead th").all_inner_texts() == heads
@@ -640,7 +640,7 @@ def test_sentences_follow_the_verdicts(files):
     after = comparison.comparison_markdown(files / "results", SETS)
     assert (
         "better on 1 (made\\_up (synthetic) +5.0%), undecided on 1 (borrowed -2.0%)" in after
-        and "UniRec leads by 5.0%, verdict: better" in after
+        and "unirec leads by 5.0%, verdict: better" in after
     )
 
 
@@ -650,7 +650,7 @@ def test_unirec_is_picked_by_valid_not_by_test(files):
         model="unirec_id", mrr=0.2, valid_mrr=0.01, difference=0.1, verdict="better"
     )
     assert comparison.data_set_sentence(pd.concat([table, lucky]), "leave_one_out").startswith(
-        "unirec (the best UniRec on validation)"
+        "unirec (the form of UniRec that is best on validation)"
     )
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "judge",
     "made_up",
     "stage1_kept",
+    "unfinished",
     "comparison_table",
 ]
 
@@ -336,12 +337,16 @@ def _whole_seeds(
     return rows.loc[~rows.variant.isin(drawn) | (rows.variant.isin(whole) & rows.seed.isin(kept))]
 
 
-def stage1_kept(
-    rows: pd.DataFrame,  # recorded runs; `kept`, where a model has two stages
-) -> float:  # NaN: not known, or no such model
+def stage1_kept(rows: pd.DataFrame) -> float:  # recorded runs -> a number; NaN: not known, or no such model
     "In how many runs stage 1's weights were kept, so that the language model took no part."
     known = rows.kept.dropna() if "kept" in rows else []
     return float((known == "stage 1").sum()) if len(known) else np.nan
+
+
+def unfinished(rows: pd.DataFrame) -> float:  # recorded runs -> a number; NaN: not known
+    "In how many runs training stopped before the validation curve was flat."
+    known = rows["flat"].dropna() if "flat" in rows else []
+    return float((known.astype(str) == "False").sum()) if len(known) else np.nan
 
 
 def _beside_the_best(
@@ -353,6 +358,8 @@ def _beside_the_best(
     Of the new targets by every column of ranks, and of `repeated` and `cold` ones in the whole catalogue."""
     means = rows.groupby("variant", sort=False)[["valid_mrr", "full_mrr", "seconds", "parameters"]].mean()
     means["kept_stage1"] = {name: stage1_kept(part) for name, part in rows.groupby("variant")}
+    means["not_flat"] = {name: unfinished(part) for name, part in rows.groupby("variant")}
+    of_training = ["valid_mrr", "seconds", "parameters", "kept_stage1", "not_flat"]
     baselines = means[means.index.isin(list(BASELINES))]
     if baselines.empty:
         raise ValueError("no baseline among the runs: nothing to compare with")
@@ -372,9 +379,7 @@ def _beside_the_best(
         for reference, best_by in references.items():
             compared = compare_models(table, reference, column)
             compared = compared.assign(ranks=column, best_by=" and ".join(best_by))
-            out.append(
-                compared.join(means[["valid_mrr", "seconds", "parameters", "kept_stage1"]], on="model")
-            )
+            out.append(compared.join(means[of_training], on="model"))
     order = ["ranks", "best_by", "mrr"]
     return pd.concat(out).sort_values(order, ascending=[True, True, False], kind="stable")
 

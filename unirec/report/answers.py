@@ -35,6 +35,7 @@ from ..experiments.judge import (
     ranks_by_variant,
     stage1_kept,
     stage1_settings,
+    unfinished,
 )
 from ..experiments.record import FOLDERS, Record
 from ..experiments.study import Study, planned, study_names
@@ -111,7 +112,8 @@ def variant_table(
             of_variant = rows[rows.variant == name]
             columns = ["full_mrr", "full_hit@10", "full_ndcg@10", *(f"{kind}_mrr" for kind in others)]
             figures = [_spread(of_variant[column]) for column in columns]
-            note = seeds_note({"seeds": len(of_variant), "kept_stage1": stage1_kept(of_variant)})
+            counted = {"kept_stage1": stage1_kept(of_variant), "not_flat": unfinished(of_variant)}
+            note = seeds_note({"seeds": len(of_variant), **counted})
             lines.append(
                 [
                     f"`{name}`" + (f" ({note})" if note else ""),

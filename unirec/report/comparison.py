@@ -78,7 +78,7 @@ def _best_on_test_sentence(
     row = rows.iloc[0]
     relative = row["difference"] / (row["mrr"] - row["difference"])
     return (
-        f" The baseline that is best on test is {row['reference']}: against it UniRec"
+        f" The baseline that is best on test is {row['reference']}: against it {model}"
         f" {_leads_or_trails(relative)}, verdict: {row['verdict']}."
     )
 
@@ -95,9 +95,9 @@ def data_set_sentence(
     relative = row["difference"] / reference["mrr"]
     seeds = "" if bool(row["seeds"] > 1) else "; one seed, so nothing is known of others"
     text = (
-        f"{row['model']} (the best UniRec on validation) has a test MRR of {row['mrr']:.4f},"
+        f"{row['model']} (the form of UniRec that is best on validation) has a test MRR of {row['mrr']:.4f},"
         f" {reference['model']} (the best baseline on validation) {reference['mrr']:.4f}:"
-        f" UniRec {_leads_or_trails(relative)}, verdict: {row['verdict']}"
+        f" {row['model']} {_leads_or_trails(relative)}, verdict: {row['verdict']}"
         f" ({row['low']:+.4f} to {row['high']:+.4f}, p {format_p(row['holm_both'])} after Holm; a difference"
         f" of {row['detectable']:.4f} would be found four times in five{seeds})."
     )
@@ -112,7 +112,7 @@ def overall_sentence(
     tables: Mapping[str, pd.DataFrame],  # data set, as it is to be called -> its rows
     protocol: str = "leave_one_out",
 ) -> str:  # empty where nothing is compared
-    "On how many data sets the best UniRec is better, worse or undecided against the best baseline"
+    "On how many data sets the best form of UniRec is better, worse or undecided against the best baseline"
     texts = {"better": [], "undecided": [], "worse": []}
     for name, table in tables.items():
         pair = _best_unirec(against_reference(table, protocol))
@@ -129,7 +129,7 @@ def overall_sentence(
         for verdict, names in texts.items()
     ]
     return (
-        f"The best UniRec against the best baseline, both chosen on validation, on {count} data"
+        f"The best form of UniRec against the best baseline, both chosen on validation, on {count} data"
         f" set{'s' if count > 1 else ''} ({HELD_OUT.get(protocol, protocol).lower()}; full MRR on test,"
         f" targets new to their users):"
         f" {', '.join(parts)}."

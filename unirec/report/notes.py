@@ -8,6 +8,8 @@ __all__ = [
     "OLD_RULE",
     "targets_apart",
     "targets_sentence",
+    "flat_curves",
+    "curve_note",
     "kept_note",
     "seeds_note",
     "by_new_targets",
@@ -17,6 +19,8 @@ __all__ = [
 from collections.abc import Mapping
 
 import pandas as pd
+
+from ..training.curves import flat
 
 # %% ../../nbs/report/03_notes.ipynb #cell-005
 APART = {"repeated": "Repeated targets", "cold": "Cold targets"}  # kinds that are no part of the figures
@@ -57,30 +61,62 @@ def targets_sentence(
 
 
 # %% ../../nbs/report/03_notes.ipynb #cell-008
+_STAGES = {"pretrain": "stage 1", "finetune": "stage 2"}  # as the learning curves call them
+
+
+def flat_curves(
+    curves: pd.DataFrame,  # of one data set: model, stage, epoch, loss, mrr, stopped
+) -> dict[str, dict[str, bool]]:  # model -> stage -> was its curve flat?
+    "Which models were trained to the end"
+    out: dict[str, dict[str, bool]] = {}
+    for (model, stage), rows in curves.sort_values("epoch").groupby(["model", "stage"], sort=False):
+        out.setdefault(str(model), {})[str(stage)] = flat(rows.to_dict("records"))
+    return out
+
+
+def curve_note(
+    curves: Mapping[str, bool],  # stage -> was its curve flat?; a baseline has one stage
+) -> str:  # empty where all were, or nothing is known
+    "That a model was still learning when it stopped"
+    rising = [_STAGES.get(stage, "") for stage in _STAGES | curves if curves.get(stage) is False]
+    if not rising:
+        return ""
+    stages = " and ".join(stage for stage in rising if stage)
+    return "not trained to the end" + (f": {stages}" if stages else "")
+
+
 _STAGE1 = "kept: stage 1; the language model took no part"
 
 
 def kept_note(
-    part: Mapping,  # `kept`, as stage 2 writes it; empty: unknown, or a model without stages
+    part: Mapping,  # `kept` and `flat`, as stage 2 writes them; empty: unknown, or a model without stages
 ) -> str:  # empty where the model has all that its name says
-    "What a model lacks of its name"
+    "What a model lacks of its name, and of its training"
     notes = {
         "stage 1": _STAGE1,
         "start": "kept: the start of stage 2; the language model's part is untrained",
     }
-    return notes.get(str(part.get("kept")), "")
+    both = notes.get(str(part.get("kept")), ""), curve_note(part.get("flat") or {})
+    return "; ".join(note for note in both if note)
 
 
 def seeds_note(
-    row: Mapping,  # seeds; kept_stage1: in how many of them stage 1 was kept, where that is known
+    # seeds; in how many of them stage 1 was kept (kept_stage1) and a curve not flat (not_flat), where known
+    row: Mapping,
 ) -> str:
     "The same over several seeds"
-    kept, seeds = row.get("kept_stage1"), row["seeds"]
-    if kept is None or pd.isna(kept) or not kept:
-        return ""
+    notes, seeds = [], row["seeds"]
+    kept, rising = (
+        0 if pd.isna(row.get(name, 0)) else row.get(name, 0) for name in ("kept_stage1", "not_flat")
+    )
     if kept == seeds:
-        return _STAGE1
-    return f"kept: stage 1 in {kept:.0f} of {seeds} seeds; there the language model took no part"
+        notes.append(_STAGE1)
+    elif kept:
+        notes.append(f"kept: stage 1 in {kept:.0f} of {seeds} seeds; there the language model took no part")
+    if rising:
+        part = "" if rising == seeds else f" in {rising:.0f} of {seeds} seeds"
+        notes.append(f"not trained to the end{part}")
+    return "; ".join(notes)
 
 
 # %% ../../nbs/report/03_notes.ipynb #cell-011

@@ -33,7 +33,7 @@ from .figures import (
     read_curves,
     read_rows,
 )
-from .notes import kept_note, targets_sentence
+from .notes import flat_curves, kept_note, targets_sentence
 from .tables import (
     Cell,
     environment,
@@ -215,11 +215,20 @@ def users_view(
 
 
 # %% ../../nbs/report/07_page.ipynb #cell-026
-def _lacking_parts(
+def _parts_of(
     share: Mapping[str, Mapping],  # of llm_share.json
+    curves: pd.DataFrame,  # of `read_curves`
+) -> dict[str, dict]:  # model -> what `kept_note` reads
+    "What is known of the training of every model, of baselines too"
+    flat = flat_curves(curves)
+    return {model: {**share.get(model, {}), "flat": flat.get(model, {})} for model in {**share, **flat}}
+
+
+def _lacking_parts(
+    parts: Mapping[str, Mapping],  # of `_parts_of`
 ) -> list[str]:
-    "A sentence for every model that lacks a part of its name"
-    return [f"{model}: {note}." for model, part in share.items() if (note := kept_note(part))]
+    "A sentence for every model that lacks a part of its name or of its training"
+    return [f"{model}: {note}." for model, part in parts.items() if (note := kept_note(part))]
 
 
 def set_view(
@@ -240,6 +249,7 @@ def set_view(
     charts = [comparison_charts(results, name, table), *curve_charts(folder)]
     share = _read_object(folder / "llm_share.json")
     share = {model: part for model, part in share.items() if isinstance(part, dict)}
+    parts = _parts_of(share, read_curves(folder))
     quality = _read_object(folder / "quality.json") if (folder / "quality.json").is_file() else {}
     tables = quality_tables(quality)
     counts, attributes = pd.DataFrame(tables["counts"]), pd.DataFrame(tables["attributes"])
@@ -247,8 +257,8 @@ def set_view(
         "name": name,
         "synthetic": synthetic,
         "allowed": allowed,
-        "results": results_frame(table, share),
-        "summary": " ".join([rank_sentence(table), *_lacking_parts(share)]).strip(),
+        "results": results_frame(table, parts),
+        "summary": " ".join([rank_sentence(table), *_lacking_parts(parts)]).strip(),
         "targets": targets_sentence(table),
         "seeds": sorted(set(table["seeds"])),
         "quality": quality,

@@ -197,7 +197,7 @@ def results_table(
 # %% ../../nbs/report/02_tables.ipynb #cell-021
 def results_frame(
     table: pd.DataFrame,  # rows of `results_table` for one data set
-    kept: Mapping[str, Mapping] | None = None,  # model -> `kept`, as stage 2 writes it
+    kept: Mapping[str, Mapping] | None = None,  # model -> `kept` and `flat`, as stage 2 writes them
 ) -> pd.DataFrame:  # of cells
     "A row a model: mean and spread over seeds of every figure, and the MRR of the targets that stand apart"
     apart = targets_apart(table)
