@@ -31,7 +31,7 @@ env:  ## set up the environment, nothing else
 repro:  ## raw data to reports/index.html, whatever is not up to date; PROFILE=paper or paper-tiny: in runs/PROFILE
 	@$(SETUP); \
 	if [ -n "$(PROFILE)" ]; then exec python -m unirec.cli profile "$(PROFILE)" $(ARGS); fi; \
-	$(DVC); dvc repro $(ARGS); \
+	$(DVC); python tools/repro.py $(ARGS); \
 	echo "The page of results: $(CURDIR)/reports/index.html"
 
 verify:  ## compare the results of `make repro` with the committed reference (tolerance: params.yaml)

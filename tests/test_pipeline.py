@@ -2,6 +2,7 @@
 params.yaml promise."""
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -225,6 +226,36 @@ class Clone:
 def stages_run(output: str) -> set[str]:
     "The stages that `dvc repro` or `dvc exp run` says it ran."
     return set(re.findall(r"^Running stage '([^']+)'", output, re.M))
+
+
+def test_make_repro_takes_the_data_sets_side_by_side(root, tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text("datasets: [a, b]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(root / "tools")
+    repro = importlib.import_module("repro")
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    assert ["download", "prepare", *repro.STAGES, "report"] == list(stages) == list(STAGES)
+    calls = []
+
+    def call(command, **how):
+        calls.append((command, how.get("env", {}).get("OMP_NUM_THREADS")))
+        return int("embed@b" in command and failing)
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(repro.subprocess, "call", call)
+    monkeypatch.setattr(repro.shutil, "which", lambda name: None)
+    monkeypatch.setattr(repro, "usable_cores", lambda: 4)
+    failing = False
+    assert repro.repro([]) == 0
+    words = ["dvc", "--wait-for-lock", "repro", "--single-item"]
+    beside = [[*words, *(f"{stage}@{dataset}" for stage in repro.STAGES)] for dataset in "ab"]
+    assert calls[0][0] == ["dvc", "repro", "prepare"] and calls[-1][0] == ["dvc", "repro"]
+    assert sorted(calls[1:-1]) == [(command, "2") for command in beside]
+    failing = True
+    calls.clear()
+    assert repro.repro([]) == 1 and len(calls) == 3  # no page
+    calls.clear()
+    assert repro.repro(["finetune@a"]) == 0 and calls == [(["dvc", "repro", "finetune@a"], None)]
 
 
 @pytest.fixture(scope="module")
