@@ -7,6 +7,7 @@ Beauty 2014: 22,363 users, 12,101 items, half of the histories shorter than seve
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -170,7 +171,7 @@ def stage_1(train: Histories, old: bool, steps: int) -> tuple[Callable[[], float
     else:
         batches = packed_batches(train, events, encoder.history, settings["batch"]["size"], 0, 0)
     objective.keep(len(batches), 1)
-    batches = batches[:steps]
+    batches = batches[: math.ceil(steps / objective.kept.every) * objective.kept.every]  # whole turns
     run = trainer(objective, lambda model, batch: model(batch)["loss"], batches, fused=True)
 
     def step() -> float:

@@ -8,6 +8,7 @@ __all__ = ["SOFTMAX", "MODES", "LossConfig", "step_loss", "train"]
 # %% ../../nbs/training/05_objective.ipynb #cell-003
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -62,8 +63,8 @@ class LossConfig:
     unseen: bool = False
     # do items of the user's history compete for the next one? The ranking of new targets leaves them out
     seen: bool = False
-    # steps between two encodings of the catalogue; 1: every step encodes what it needs
-    refresh: int = 1
+    # steps between two encodings of the catalogue; 1: every step encodes what it needs; auto: by its size
+    refresh: int | str = 1
     # cosine of frozen vectors from which on two items count as one and are no negatives of each other; 0: off
     duplicates: float = 0.0
 
@@ -72,14 +73,20 @@ class LossConfig:
             raise ValueError(f"loss.softmax {self.softmax!r}: use one of {', '.join(SOFTMAX)}")
         if self.positives not in POSITIVES:
             raise ValueError(f"loss.positives {self.positives!r}: use one of {', '.join(POSITIVES)}")
-        if not isinstance(self.refresh, int) or self.refresh < 1:
-            raise ValueError(f"loss.refresh {self.refresh!r}: expected a whole number of steps, at least 1")
+        if self.refresh != "auto" and (not isinstance(self.refresh, int) or self.refresh < 1):
+            raise ValueError(
+                f"loss.refresh {self.refresh!r}: expected a whole number of steps, at least 1, or auto"
+            )
 
     def candidates(self, n_items: int) -> str:
         "full, sampled or in_batch, for a catalogue of this size."
         if self.softmax != "auto":
             return self.softmax
         return "full" if n_items <= self.full_catalogue else "sampled"
+
+    def steps_kept(self, n_items: int) -> int:
+        "Steps between two encodings of a catalogue of this size; auto: in proportion to it, from 4 to 16."
+        return min(16, 4 * math.ceil(n_items / 3000)) if self.refresh == "auto" else int(self.refresh)
 
 
 # %% ../../nbs/training/05_objective.ipynb #cell-009
@@ -264,9 +271,10 @@ class Objective(nn.Module):
         return step_loss(self.model, batch, self.config, self.recon, table, self.share, self.groups)
 
     def keep(self, batches: int, accumulate: int) -> None:
-        "Encode the catalogue every `refresh` of an epoch's `batches`, of which `accumulate` make a step."
+        "Encode the catalogue every few of an epoch's `batches`, of which `accumulate` make a step."
         # the contrast encodes items in every step, so the encoder would move under a table that is kept
-        every = 1 if self.config.contrast else min(self.config.refresh, batches)
+        every = self.config.steps_kept(len(self.model.catalogue))
+        every = 1 if self.config.contrast else min(every, batches)
         self.kept = KeptTable(every, accumulate)
 
     @property
@@ -352,7 +360,7 @@ def train(
         with trained.evaluated() as ready:
             return validation_figures(ready.scorer(), data.train, data.valid_targets)
 
-    if loss.refresh > 1:
+    if loss.refresh != 1:
         objective.keep(len(epoch_batches(0)), fit_config.accumulate)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     groups = groups or {}
