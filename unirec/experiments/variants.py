@@ -345,8 +345,9 @@ def _train_stages(
         params["finetune"]["fit"]["budget_seconds"] = max(1.0, budget - seconds)
     folders.append(second)
     seconds += _train_once(second, lambda: finetune(data, params, first, second, second / "states", (model,)))
-    config = EncoderConfig(**model_settings(params, model)["model"])
-    net = UniRec(data.catalogue, config, LLMConfig(**params["llm"])).restore(second / f"{model}.safetensors")
+    whole = model_settings(params, model)
+    config, llm = EncoderConfig(**whole["model"]), LLMConfig(**whole["llm"])
+    net = UniRec(data.catalogue, config, llm).restore(second / f"{model}.safetensors")
     log = [row for f in folders for row in json.loads((f / f"{model}.log.json").read_text())]
     kept = json.loads((second / f"{model}.kept.json").read_text())
     return _Stages(net, None if end_to_end else first, log, seconds, kept)

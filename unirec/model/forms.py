@@ -55,11 +55,13 @@ def form_changes(
 def model_settings(
     params: Mapping,  # `forms`, and those of the blocks that are needed
     name: str,  # of a form
-) -> dict:  # as `params`, with `use_id` under `model`
+) -> dict:  # as `params`, with `use_id` under `model` and `seed` under `llm`
     "The settings of a named model; raises ValueError as `form_changes` does, and for an unknown setting."
     whole, changes = dict(params), form_changes(params, name)
     if "model" in whole:
         whole["model"] = {"use_id": False, **whole["model"]}
+    if "llm" in whole and "seed" in whole:  # random weights are drawn anew for each seed
+        whole["llm"] = {"seed": whole["seed"], **whole["llm"]}
     try:
         return override(whole, {k: v for k, v in changes.items() if k.partition(".")[0] in whole})
     except KeyError as error:

@@ -38,7 +38,7 @@ from ..core.files import file_sha256, locate
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # %% ../../nbs/model/07_llm.ipynb #cell-007
-ADAPT = ("lora", "frozen", "random_init", "none")
+ADAPT = ("lora", "whole", "frozen", "random_init", "none")
 QUERY = ("residual", "llm")
 FORM = ("compact", "plain")
 
@@ -55,8 +55,8 @@ class LLMConfig:
     alpha: int = 32  # LoRA alpha
     dropout: float = 0.1  # LoRA dropout
     gate: float = 0.0  # weight of the LLM's output in the query at the start
-    # lora | frozen (no adapters) | random_init (random weights of the same shape, LoRA) | none (no LLM: stage
-    # 2 goes on without)
+    # lora | whole (the layers themselves are trained) | frozen (neither) | random_init (random weights of the
+    # same shape, LoRA) | none (no LLM: stage 2 goes on without)
     adapt: str = "lora"
     query: str = "residual"  # residual (pooled user tokens + gate * LLM) | llm (the LLM's output alone)
     # compact (one soft token an event, a learned query token) | plain (K_item tokens an event, a question in
@@ -232,7 +232,10 @@ def lora_modules(body: nn.Module) -> list[str]:
 
 # %% ../../nbs/model/07_llm.ipynb #cell-020
 def adapted(body: nn.Module, config: LLMConfig) -> nn.Module:
-    "The body with trainable adapters on its frozen layers; as it is where `adapt` is frozen."
+    """The body with trainable adapters on its frozen layers; trainable itself, in float32, where `adapt` is
+    whole; as it is where it is frozen."""
+    if config.adapt == "whole":
+        return body.float().requires_grad_(True)
     if config.adapt == "frozen":
         return body
     from peft import LoraConfig, get_peft_model

@@ -170,16 +170,22 @@ class Checkpointed(nn.Module):
         save_file(self.trainable_state(), path)
 
     def restore(self, path: Path) -> "Checkpointed":
-        """Load a checkpoint; one of stage 1 leaves the LLM part as it is.
-        Raises ValueError for weights of another shape of model."""
+        """Load a checkpoint; one of stage 1, which has no weight of the LLM part, leaves that part as it is.
+        Raises ValueError that names every weight in which the checkpoint and the model differ."""
         state, mine = load_file(path), self.trainable_state()
-        foreign = sorted(k for k in state if k not in mine or state[k].shape != mine[k].shape)
-        missing = sorted(k for k in mine if k not in state and not k.startswith(("llm.", "gate")))
-        if foreign or missing:
-            raise ValueError(
-                f"{path}: made by another shape of model ({(foreign + missing)[0]} and"
-                f" {len(foreign + missing) - 1} more)"
-            )
+
+        def of_llm(name: str) -> bool:
+            return name.startswith(("llm.", "gate"))
+
+        stage_1 = not any(map(of_llm, state))
+        wrong = {
+            "it lacks": [k for k in mine if k not in state and not (stage_1 and of_llm(k))],
+            "the model has no": [k for k in state if k not in mine],
+            "of another shape are": [k for k in mine if k in state and state[k].shape != mine[k].shape],
+        }
+        if any(wrong.values()):
+            text = "; ".join(f"{what} {', '.join(sorted(names))}" for what, names in wrong.items() if names)
+            raise ValueError(f"{path}: made by another shape of model: {text}")
         self.load_state_dict(state, strict=False)
         return self
 

@@ -9,6 +9,7 @@ __all__ = [
     "embed",
     "pretrain",
     "kept_model",
+    "validation_of_arms",
     "finetune",
     "toy_params",
     "toy",
@@ -19,6 +20,7 @@ __all__ = [
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +160,17 @@ def kept_model(
 
 
 # %% ../../nbs/pipeline/01_stages.ipynb #cell-020
+def validation_of_arms(
+    with_llm: list[dict],  # log of stage 2, whose row 0 is stage 1
+    control: list[dict],  # of stage 1, trained for the same batches without the LLM
+) -> dict[str, float]:  # start, with_llm, control: validation MRR
+    "What stage 2 made of stage 1 with the LLM and without: the best of the epochs that were trained."
+    best = {
+        arm: max(row["mrr"] for row in log[1:]) for arm, log in (("with_llm", with_llm), ("control", control))
+    }
+    return {"start": with_llm[0]["mrr"], **best}
+
+
 def _finetune_configs(
     settings: Mapping,  # params.yaml's `finetune`
     seed: int,
@@ -190,23 +203,29 @@ def finetune(
         settings, llm = whole["finetune"], LLMConfig(**whole["llm"])
         mode = settings["mode"]
         fit_config, loss_config = _finetune_configs(settings, params["seed"])
-        logs[name] = train(
-            data,
-            EncoderConfig(**whole["model"]),
-            fit_config,
-            loss_config,
-            settings["batch"],
-            out / f"{name}.safetensors",
-            llm=llm,
-            start=None if mode == "end_to_end" else start / f"{name}.safetensors",
-            groups=settings["groups"],
-            desc=f"stage 2 {name}",
-            frozen=mode == "frozen_encoder",
-            state=states / f"{name}.safetensors" if states else None,
-            average=settings["average"],
-        )
+        arms = {name: llm}
+        if settings["control"] and llm.adapt != "none" and mode == "decoupled":
+            arms[f"{name}.control"] = replace(llm, adapt="none", query="residual")
+        for arm, config in arms.items():
+            logs[arm] = train(
+                data,
+                EncoderConfig(**whole["model"]),
+                fit_config,
+                loss_config,
+                settings["batch"],
+                out / f"{arm}.safetensors",
+                llm=config,
+                start=None if mode == "end_to_end" else start / f"{name}.safetensors",
+                groups=settings["groups"],
+                desc=f"stage 2 {arm}",
+                frozen=mode == "frozen_encoder",
+                state=states / f"{arm}.safetensors" if states else None,
+                average=settings["average"],
+            )
         if int(os.environ.get("RANK", 0)) == 0:  # the first process writes
             kept = kept_model(logs[name], llm, started=mode != "end_to_end")
+            if len(arms) == 2:
+                kept["validation"] = validation_of_arms(logs[name], logs[f"{name}.control"])
             first = start / f"{name}.log.json"
             curves = {} if mode == "end_to_end" or not first.exists() else {"pretrain": first}
             flat_stages = {stage: flat(json.loads(path.read_text())) for stage, path in curves.items()}
@@ -215,7 +234,7 @@ def finetune(
     return logs
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-024
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-026
 _TOY = """
 seed: 0
 forms: {unirec: {}, unirec_id: {model.use_id: true}}
@@ -254,6 +273,7 @@ pretrain:
   average: 0.9
 finetune:
   mode: decoupled
+  control: true
   epochs: 1
   end_to_end: {epochs: 2, lr: 1.0e-3, recon: 1.0, contrast: 0.1}
   fit: {lr: 1.0e-3, weight_decay: 0.01, warmup: 0.05, clip: 1.0, patience: 2, precision: auto}
@@ -271,7 +291,7 @@ baselines:
 evaluate: {negatives: 20, examples: 3}
 """
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-025
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-027
 _TOY_STAGES = ("download", "prepare", "embed", "pretrain", "finetune", "evaluate")
 
 
@@ -314,7 +334,7 @@ def _run_stage(stage: str, root: Path, spec: SetSpec, params: dict) -> None:
         evaluate(loaded(), prepared, models, raw, params, results, predictions)
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-028
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-030
 WORDS = (
     "soft clear strong light gentle bright cream bottle brush mirror set colour daily natural classic small"
 ).split()
@@ -355,7 +375,7 @@ def write_four_items(
     return SetSpec.from_params("four", _four_items_block(folder, schema))
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-029
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-031
 def _four_items_block(folder: Path, schema: Mapping) -> dict:
     "The block of `sets` that reads the tables of `write_four_items`."
     attributes = {}
