@@ -172,13 +172,20 @@ DEPARTURES = (
     Departure(
         "steps",
         "silent",
-        "8 epochs in stage 1, 12 steps in stage 2; `unirec_paper` has 4 and 40, which fit in the default run",
+        "8 epochs in stage 1, 30 steps in stage 2; `unirec_paper` has 4 and 40, which fit in the default run",
         {
             "pretrain.fit.epochs": 4,
             "pretrain.batch.most": 30,
             "finetune.batch.steps": 40,
             "finetune.batch.most": 40,
         },
+    ),
+    Departure(
+        "rates of stage 2's language model",
+        "silent",
+        "1e-4 for its projections, 2e-4 for LoRA, as its answer is added to a query that is good already;"
+        " `unirec_paper`, in which it is the whole query, has 1e-3 and 5e-4",
+        {"finetune.groups.llm.lr": 1.0e-3, "finetune.groups.llm.body.lr": 5.0e-4},
     ),
     Departure(
         "what the language model reads",

@@ -165,9 +165,8 @@ def validation_of_arms(
     control: list[dict],  # of stage 1, trained for the same batches without the LLM
 ) -> dict[str, float]:  # start, with_llm, control: validation MRR
     "What stage 2 made of stage 1 with the LLM and without: the best of the epochs that were trained."
-    best = {
-        arm: max(row["mrr"] for row in log[1:]) for arm, log in (("with_llm", with_llm), ("control", control))
-    }
+    logs = {"with_llm": with_llm, "control": control}
+    best = {arm: max(row["mrr"] for row in log[1:]) for arm, log in logs.items()}
     return {"start": with_llm[0]["mrr"], **best}
 
 

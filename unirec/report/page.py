@@ -118,14 +118,15 @@ def relative_change(
 
 # %% ../../nbs/report/07_page.ipynb #cell-018
 def llm_share_frame(
-    share: Mapping,  # of llm_share.json: model -> mrr, mrr_without_llm, norm_share, gate
+    share: Mapping,  # of llm_share.json: model -> mrr, mrr_without_llm, norm_share, gate, validation
 ) -> pd.DataFrame | None:  # of cells; None: no model has a language model
-    "Full MRR with the language model's part of the query and without"
+    "Full MRR with the language model's part of the query and without, and what stage 2 did on validation"
     rows = []
     for model, part in share.items():
         if not isinstance(part, dict):
             continue
         mrr, without = part.get("mrr"), part.get("mrr_without_llm")
+        arms = part.get("validation", {})  # without a control there are none
         values = [
             format_number(mrr, "{:.4f}"),
             format_number(without, "{:.4f}"),
@@ -137,9 +138,12 @@ def llm_share_frame(
                 *values,
                 format_number(part.get("norm_share"), "{:.0%}"),
                 format_number(part.get("gate"), "{:.3f}"),
+                *(format_number(arms.get(arm), "{:.4f}") for arm in ("start", "with_llm", "control")),
+                relative_change(arms.get("with_llm"), arms.get("control")),
             ]
         )
-    return pd.DataFrame(rows, columns=["model", "MRR", "without", "change", "norm", "gate"]) if rows else None
+    names = ["model", "MRR", "without", "change", "norm", "gate", "start", "with LLM", "control", "LLM adds"]
+    return pd.DataFrame(rows, columns=names) if rows else None
 
 
 # %% ../../nbs/report/07_page.ipynb #cell-019
