@@ -218,3 +218,17 @@ def test_old_results_are_small_and_whole(root):
     }
     assert set(pd.read_csv(root / "results/questions/0.1.0.csv").study) == set(QUESTIONS)
     assert sum(path.stat().st_size for path in (root / "results").glob("*/0.1.0.csv")) < 100_000
+
+
+def test_the_papers_form_in_a_study_has_the_budgets_length_and_its_own_shape(root):
+    "A study's `unirec` has version 0.1's form; `unirec_paper` has the paper's, trained for as long."
+    study, params = load_study(root, "comparison")
+    study = Study(**study.model_dump() | {"models": ["unirec_paper", "unirec"]})
+    dataset = study.datasets[0]
+    (paper, _), (old, _) = (settings(study, params, dataset, name, 0) for name in study.models)
+    assert paper["pretrain"]["fit"] == old["pretrain"]["fit"]
+    assert paper["finetune"]["epochs"] == old["finetune"]["epochs"]
+    assert (paper["llm"]["query"], old["llm"]["query"]) == ("llm", "residual")
+    assert (paper["model"]["event"], old["model"]["event"]) == ("tokens", "vector")
+    shortcuts = ("skip", "recent", "residual", "condition", "again")
+    assert not any(paper["model"][name] for name in shortcuts), "a budget's shortcut went over the form"

@@ -142,14 +142,9 @@ DEPARTURES = (
     ),
     Departure(
         "dropout",
-        "C: 0.1 on LoRA; BLIP-2's Q-Former: 0.1; leaving out attributes: silent",
-        "0.4 at the user level, none at the item level and on LoRA; a tenth of the attributes is left out",
-        {
-            "model.dropout": 0.1,
-            "model.item_dropout": 0.1,
-            "model.attribute_dropout": 0.0,
-            "llm.dropout": 0.1,
-        },
+        "C: 0.1 on LoRA; BLIP-2's Q-Former: 0.1",
+        "0.4 at the user level, none on LoRA",
+        {"model.dropout": 0.1, "llm.dropout": 0.1},
     ),
     Departure(
         "temperature",
@@ -172,10 +167,10 @@ DEPARTURES = (
     Departure(
         "steps",
         "silent",
-        "8 epochs in stage 1, 30 steps in stage 2; `unirec_paper` has 4 and 40, which fit in the default run",
+        "8 epochs in stage 1, 30 steps in stage 2; `unirec_paper` has 5 and 40, which fit in the default run",
         {
-            "pretrain.fit.epochs": 4,
-            "pretrain.batch.most": 30,
+            "pretrain.fit.epochs": 5,
+            "pretrain.batch.most": 45,
             "finetune.batch.steps": 40,
             "finetune.batch.most": 40,
         },
@@ -193,6 +188,16 @@ DEPARTURES = (
         "one embedding an event; in `unirec_paper` one soft token an event, a map of its item tokens, then"
         " the user tokens and a learned query: with four tokens an event, a step on two cores takes three"
         " times as long",
+    ),
+    Departure(
+        "noise at the item level",
+        "BLIP-2's Q-Former: dropout 0.1; leaving out attributes: silent",
+        "a tenth of the attributes is left out, by which two views of an item differ; no dropout",
+    ),
+    Departure(
+        "pairs of the contrast",
+        "C: an item and the next one of a history",
+        "two views of an item; the profile `paper` has the code's pairs",
     ),
     Departure(
         "next item in stage 1",
