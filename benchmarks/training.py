@@ -4,6 +4,7 @@ made-up catalogue of the same size. And a training step beside a busy neighbour.
 
 Without `--prepared FOLDER` (a folder of the prepare stage) the histories are made up, in the shape of Amazon
 Beauty 2014: 22,363 users, 12,101 items, half of the histories shorter than seven events.
+`--recbole` measures RecBole's SASRec too (benchmarks/peer.py; it needs the network).
 """
 
 import json
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.peer import measure
 from benchmarks.side_by_side import Table, arguments, folder, in_turn, say, spread
 from unirec.baselines.sequential import (
     ItemTable,
@@ -243,6 +245,9 @@ def main() -> None:
     parser.add_argument(
         "--prepared", type=Path, default=None, help="folder of a prepare stage, instead of made-up histories"
     )
+    parser.add_argument(
+        "--recbole", action="store_true", help="RecBole 1.2.1's SASRec as well, in an environment of its own"
+    )
     parser.add_argument("--neighbour-step", nargs=2, default=None, help="(internal) threads and seconds")
     args = parser.parse_args()
     if args.neighbour_step:
@@ -314,6 +319,11 @@ def main() -> None:
         "evaluation_vs_0.1": statistics.median(r["0.1"] / r["this version"] for r in evaluated),
         "neighbour": beside_a_neighbour(table, 1.0 if args.quick else 6.0),
     }
+    if args.recbole:
+        rate = measure(np.repeat(np.arange(len(train)), train.lengths).tolist(), train.items.tolist(), steps)
+        table.add({"measure": "training", "pair": 0, "side": "recbole", "seconds": positions / rate})
+        table.facts["sasrec_vs_recbole"] = best / rate
+        say(f"SASRec, RecBole 1.2.1: {rate:,.0f} positions a second")
     table.add()
     say(json.dumps({k: v for k, v in table.facts.items() if k != "what"}, indent=1))
 
