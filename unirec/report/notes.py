@@ -69,7 +69,8 @@ def flat_curves(
 ) -> dict[str, dict[str, bool]]:  # model -> stage -> was its curve flat?
     "Which models were trained to the end"
     out: dict[str, dict[str, bool]] = {}
-    for (model, stage), rows in curves.sort_values("epoch").groupby(["model", "stage"], sort=False):
+    for key, rows in curves.sort_values("epoch").groupby(["model", "stage"], sort=False):
+        model, stage = tuple(key)
         out.setdefault(str(model), {})[str(stage)] = flat(rows.to_dict("records"))
     return out
 
@@ -78,7 +79,7 @@ def curve_note(
     curves: Mapping[str, bool],  # stage -> was its curve flat?; a baseline has one stage
 ) -> str:  # empty where all were, or nothing is known
     "That a model was still learning when it stopped"
-    rising = [_STAGES.get(stage, "") for stage in _STAGES | curves if curves.get(stage) is False]
+    rising = [_STAGES.get(stage, "") for stage in {**_STAGES, **curves} if curves.get(stage) is False]
     if not rising:
         return ""
     stages = " and ".join(stage for stage in rising if stage)
