@@ -190,14 +190,14 @@ def merged_strictly(
 
 
 def _check_changes(params: Mapping, changes: Mapping, where: str, path: str) -> None:
-    "Raise ValueError for a name that `params` lack and for a value of another kind."
+    "Raise ValueError for a name that `params` lack and for a value of another kind; `auto` stands for any."
     for name, value in changes.items():
         full = f"{path}{name}"
         if name not in params:
             known = ", ".join(map(str, params)) or "nothing"
             raise ValueError(f"{where}: {full} is not a name of params.yaml, which has {known} there")
         present, changed = kind(params[name]), kind(value)
-        if present != changed and "nothing" not in (present, changed):
+        if present != changed and "nothing" not in (present, changed) and params[name] != "auto":
             raise ValueError(
                 f"{where}: {full} is a {changed} ({value!r}), expected a {present} as {params[name]!r}"
             )
