@@ -344,9 +344,9 @@ def stage1_kept(rows: pd.DataFrame) -> float:  # recorded runs -> a number; NaN:
 
 
 def unfinished(rows: pd.DataFrame) -> float:  # recorded runs -> a number; NaN: not known
-    "In how many runs training stopped before the validation curve was flat."
-    known = rows["flat"].dropna() if "flat" in rows else []
-    return float((known.astype(str) == "False").sum()) if len(known) else np.nan
+    "In how many runs training stopped while the validation curve was rising."
+    known = rows["curve"].dropna() if "curve" in rows else []
+    return float((known == "rising").sum()) if len(known) else np.nan
 
 
 def _beside_the_best(
@@ -358,8 +358,8 @@ def _beside_the_best(
     Of the new targets by every column of ranks, and of `repeated` and `cold` ones in the whole catalogue."""
     means = rows.groupby("variant", sort=False)[["valid_mrr", "full_mrr", "seconds", "parameters"]].mean()
     means["kept_stage1"] = {name: stage1_kept(part) for name, part in rows.groupby("variant")}
-    means["not_flat"] = {name: unfinished(part) for name, part in rows.groupby("variant")}
-    of_training = ["valid_mrr", "seconds", "parameters", "kept_stage1", "not_flat"]
+    means["rising"] = {name: unfinished(part) for name, part in rows.groupby("variant")}
+    of_training = ["valid_mrr", "seconds", "parameters", "kept_stage1", "rising"]
     baselines = means[means.index.isin(list(BASELINES))]
     if baselines.empty:
         raise ValueError("no baseline among the runs: nothing to compare with")

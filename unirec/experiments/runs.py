@@ -50,7 +50,7 @@ from .study import Study, jobs, tested_with
 from .variants import load_study, present_codes, reads_vectors, train_variant
 from ..model.recommender import UniRec
 from ..pipeline.evaluate import llm_share
-from ..training.curves import flat
+from ..training.curves import curve_shape, whole_curve
 
 
 # %% ../../nbs/experiments/06_runs.ipynb #cell-008
@@ -159,10 +159,10 @@ def _do_run(
             row["llm_norm_share"] = _norm_share(trained.net, inputs)
         if "confusion" in study.records and is_trained and trained.net is not None:
             confusion = schema_confusion(trained.net)
-        row |= {name: value for name, value in trained.kept.items() if name != "flat"}
-        curves = trained.kept.get("flat", {"baseline": flat(log)} if log else {})
+        row |= {name: value for name, value in trained.kept.items() if not isinstance(value, Mapping)}
+        curves = trained.kept.get("curve", {"baseline": curve_shape(log)} if log else {})
         if is_trained and curves:
-            row["flat"] = all(curves.values())
+            row["curve"] = whole_curve(curves, trained.kept.get("kept", ""))
         row |= {"code": wanted.code, "data": wanted.data, "vectors": inputs.vectors}
         record_run(root, study, row, ranks, _curve(log) if is_trained else None, confusion)
         figure = "" if ranks is None else f", test {row['full_mrr']:.4f}"

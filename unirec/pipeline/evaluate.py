@@ -41,6 +41,7 @@ from ..model.forms import form_names, model_settings
 from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import UniRec
+from ..training.curves import training_summary
 
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-006
@@ -157,6 +158,21 @@ def write_breakdowns(
 
 
 # %% ../../nbs/pipeline/02_evaluate.ipynb #cell-016
+def _training_of(
+    models: Path,  # folder with the logs of both stages
+    names: Iterable[str],  # of the forms
+) -> dict[str, dict]:  # name -> what stage 2 says of the kept weights, and the summary of the logs
+    "Which stage's weights were kept, and how long each form was trained beside the one with the most."
+    out = {}
+    for name in names:
+        kept = json.loads((models / "finetune" / f"{name}.kept.json").read_text())
+        stages = kept.pop("flat")  # those that the weights come from; `curve` says more of them
+        logs = {stage: json.loads((models / stage / f"{name}.log.json").read_text()) for stage in stages}
+        out[name] = kept | training_summary(logs)
+    most = max((sum(known["positions"].values()) for known in out.values()), default=0)
+    return {name: known | {"most_positions": most} for name, known in out.items()}
+
+
 def learning_curves(
     models: Path,  # folder with the logs of both stages
     names: Iterable[str],  # of the forms
@@ -252,8 +268,8 @@ def evaluate(
     _write_csv(table, results / "comparison.csv")
     (results / "metrics.json").write_text(json.dumps(main_figures(counted), indent=1))
     shares = {name: llm_share(net, h, targets, new if len(new) else None) for name, net in nets.items()}
-    for name in nets:  # which stage's weights were kept
-        shares[name] |= json.loads((models / "finetune" / f"{name}.kept.json").read_text())
+    for name, known in _training_of(models, nets).items():
+        shares[name] |= known
     (results / "llm_share.json").write_text(json.dumps(shares, indent=1))
     (results / "quality.json").write_text((prepared / "quality.json").read_text())
     lists = {name: scorer.lists for name, scorer in watched.items()}

@@ -112,7 +112,7 @@ def variant_table(
             of_variant = rows[rows.variant == name]
             columns = ["full_mrr", "full_hit@10", "full_ndcg@10", *(f"{kind}_mrr" for kind in others)]
             figures = [_spread(of_variant[column]) for column in columns]
-            counted = {"kept_stage1": stage1_kept(of_variant), "not_flat": unfinished(of_variant)}
+            counted = {"kept_stage1": stage1_kept(of_variant), "rising": unfinished(of_variant)}
             note = seeds_note({"seeds": len(of_variant), **counted})
             lines.append(
                 [

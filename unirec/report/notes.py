@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ..training.curves import flat
+from ..training.curves import curve_shape
 
 # %% ../../nbs/report/03_notes.ipynb #cell-005
 APART = {"repeated": "Repeated targets", "cold": "Cold targets"}  # kinds that are no part of the figures
@@ -66,49 +66,90 @@ _STAGES = {"pretrain": "stage 1", "finetune": "stage 2"}  # as the learning curv
 
 def flat_curves(
     curves: pd.DataFrame,  # of one data set: model, stage, epoch, loss, mrr, stopped
-) -> dict[str, dict[str, bool]]:  # model -> stage -> was its curve flat?
+) -> dict[str, dict[str, str]]:  # model -> stage -> shape of its curve
     "Which models were trained to the end"
-    out: dict[str, dict[str, bool]] = {}
+    out: dict[str, dict[str, str]] = {}
     for key, rows in curves.sort_values("epoch").groupby(["model", "stage"], sort=False):
         model, stage = tuple(key)
-        out.setdefault(str(model), {})[str(stage)] = flat(rows.to_dict("records"))
+        out.setdefault(str(model), {})[str(stage)] = curve_shape(rows.to_dict("records"))
     return out
 
 
 def curve_note(
-    curves: Mapping[str, bool],  # stage -> was its curve flat?; a baseline has one stage
-) -> str:  # empty where all were, or nothing is known
-    "That a model was still learning when it stopped"
-    rising = [_STAGES.get(stage, "") for stage in {**_STAGES, **curves} if curves.get(stage) is False]
-    if not rising:
-        return ""
-    stages = " and ".join(stage for stage in rising if stage)
-    return "not trained to the end" + (f": {stages}" if stages else "")
+    curves: Mapping[str, str],  # stage -> shape of its curve; a baseline has one stage
+    positions: Mapping[str, int] | None = None,  # stage -> how many were supervised, where that is known
+) -> str:  # empty where all are flat, or nothing is known
+    "That a model was still learning when it stopped, or had too few epochs to tell"
+    notes = []
+    for shape, text in (("rising", "not trained to the end"), ("short", "too few epochs to tell")):
+        stages = []
+        for stage in {**_STAGES, **curves}:
+            if curves.get(stage) == shape:
+                count = (positions or {}).get(stage)
+                counted = f" ({count:,} positions)" if count and shape == "short" else ""
+                stages.append(_STAGES.get(stage, "") + counted)
+        named = " and ".join(stage for stage in stages if stage)
+        if stages:
+            notes.append(text + (f": {named}" if named else ""))
+    return "; ".join(notes)
 
 
 _STAGE1 = "kept: stage 1; the language model took no part"
 
 
+def _effort_note(
+    part: Mapping,  # `positions` and `most_positions`, as the evaluation writes them
+) -> str:  # empty where it had half of the most positions at least, or nothing is known
+    "That a model was trained for much less than another one"
+    own, most = sum((part.get("positions") or {}).values()), part.get("most_positions", 0)
+    if 2 * own >= most:
+        return ""
+    return (
+        f"trained on {own:,} positions, the form with the most on {most:,}, so its place says nothing about"
+        " its method"
+    )
+
+
+def _stage1_note(
+    part: Mapping,  # `kept` and `best`
+) -> str:  # empty where stage 2 was better, or stage 1 was kept
+    "That stage 1 alone was better by validation than the stage 2 that was kept"
+    best = part.get("best") or {}
+    first, second = best.get("pretrain", 0.0), best.get("finetune", 0.0)
+    if part.get("kept") != "stage 2" or first <= second:
+        return ""
+    return f"stage 1 alone was better by validation (MRR {first:.4f} against {second:.4f})"
+
+
 def kept_note(
-    part: Mapping,  # `kept` and `flat`, as stage 2 writes them; empty: unknown, or a model without stages
+    # kept, curve, positions, most_positions and best, as the evaluation writes them (`flat`: a curve's shapes
+    # from the table of curves); empty: unknown, or a model without stages
+    part: Mapping,
 ) -> str:  # empty where the model has all that its name says
     "What a model lacks of its name, and of its training"
     notes = {
         "stage 1": _STAGE1,
         "start": "kept: the start of stage 2; the language model's part is untrained",
     }
-    both = notes.get(str(part.get("kept")), ""), curve_note(part.get("flat") or {})
-    return "; ".join(note for note in both if note)
+    kept, curves = str(part.get("kept")), part.get("curve") or part.get("flat") or {}
+    counted = {name: shape for name, shape in curves.items() if name != "finetune" or kept != "stage 1"}
+    every = (
+        notes.get(kept, ""),
+        _stage1_note(part),
+        _effort_note(part),
+        curve_note(counted, part.get("positions")),
+    )
+    return "; ".join(note for note in every if note)
 
 
 def seeds_note(
-    # seeds; in how many of them stage 1 was kept (kept_stage1) and a curve not flat (not_flat), where known
+    # seeds; in how many of them stage 1 was kept (kept_stage1) and a curve was rising (rising), where known
     row: Mapping,
 ) -> str:
     "The same over several seeds"
     notes, seeds = [], row["seeds"]
     kept, rising = (
-        0 if pd.isna(row.get(name, 0)) else row.get(name, 0) for name in ("kept_stage1", "not_flat")
+        0 if pd.isna(row.get(name, 0)) else row.get(name, 0) for name in ("kept_stage1", "rising")
     )
     if kept == seeds:
         notes.append(_STAGE1)
