@@ -228,7 +228,27 @@ def test_the_papers_form_in_a_study_has_the_budgets_length_and_its_own_shape(roo
     (paper, _), (old, _) = (settings(study, params, dataset, name, 0) for name in study.models)
     assert paper["pretrain"]["fit"] == old["pretrain"]["fit"]
     assert paper["finetune"]["epochs"] == old["finetune"]["epochs"]
+    for stage in ("pretrain", "finetune"):
+        assert paper[stage]["batch"] == old[stage]["batch"]
+    form = params["forms"]["unirec_paper"]
+    for name in ("groups", "average"):
+        assert (
+            paper["finetune"][name] == form[f"finetune.{name}"] != old["finetune"][name] or name == "average"
+        )
     assert (paper["llm"]["query"], old["llm"]["query"]) == ("llm", "residual")
     assert (paper["model"]["event"], old["model"]["event"]) == ("tokens", "vector")
     shortcuts = ("skip", "recent", "residual", "condition", "again")
     assert not any(paper["model"][name] for name in shortcuts), "a budget's shortcut went over the form"
+
+
+def test_a_query_without_a_language_model_is_found_when_the_study_is_read(root, tmp_path):
+    (tmp_path / "experiments").mkdir()
+    for name in ("sets", "experiments/common.yaml", "params.yaml"):
+        (tmp_path / name).symlink_to(root / name)
+    study = {"budget": "short", "models": ["markov", "unirec_paper"], "datasets": ["sample"]}
+    changes = {"kind": "comparison", "variants": {}, "test_time": {}, "reference": "", "contrasts": {}}
+    own = toy_study(**study, **changes, sets={}, per_set={}, more_seeds={})
+    (tmp_path / "experiments/toy.yaml").write_text(yaml.safe_dump(own))
+    message = "toy.yaml: variant 'unirec_paper' on sample: llm.query is llm, but llm.adapt is none"
+    with pytest.raises(ValueError, match=message):
+        load_study(tmp_path, "toy")

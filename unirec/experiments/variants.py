@@ -29,6 +29,7 @@ from ..model.hierarchy import EncoderConfig
 from ..model.llm import LLMConfig
 from ..model.recommender import UniRec
 from ..pipeline.stages import finetune, pretrain
+from ..training.curves import curve_shape
 
 
 # %% ../../nbs/experiments/03_variants.ipynb #cell-006
@@ -49,11 +50,11 @@ def settings(
         return merged(params["baselines"].get(model), longer, chosen, BASELINES[model].fixed), {}
     form = form_changes(params, model)
     form.pop("model.use_id", None)  # the model's name says it
-    # a budget says how long every model is trained; the form's own shape goes over that of the budget
+    # a budget says how long every model is trained; all else of a form goes over the budget
+    form = {name: value for name, value in form.items() if ".batch." not in name and ".epochs" not in name}
     changes = {
-        **form,
         **params["budgets"][study.budget],
-        **{name: value for name, value in form.items() if name.startswith(("model.", "llm."))},
+        **form,
         **study.base,
         **((tuned.get("unirec") or {}).get(dataset) or {}),
         **study.per_set.get(dataset, {}),
@@ -132,6 +133,10 @@ def _wrong_variants(study: Study, params: Mapping) -> Iterator[str]:
             f"variant {variant!r} on {dataset}: {text}"
             for text in _unknown_attributes(changes, params, dataset)
         )
+        llm = own.get("llm", {})
+        if llm.get("adapt") == "none" and llm.get("query") == "llm":
+            text = f"llm.query is llm, but llm.adapt is none (budget {study.budget}): there would be no query"
+            yield f"variant {variant!r} on {dataset}: {text}"
         key = (dataset, study.trained[variant][0], digest(own, changes))
         if first.setdefault(key, variant) != variant and study.kind != "tuning":
             yield (
@@ -325,7 +330,7 @@ class _Stages:
     first: Path | None  # None: end to end, which has no stage 1
     log: list[dict]  # a row an epoch, of both stages
     seconds: float
-    kept: dict  # which stage's weights are those of the model
+    kept: dict  # which stage's weights are those of the model, and `curve`: stage -> shape
 
 
 def _train_stages(
@@ -348,9 +353,10 @@ def _train_stages(
     whole = model_settings(params, model)
     config, llm = EncoderConfig(**whole["model"]), LLMConfig(**whole["llm"])
     net = UniRec(data.catalogue, config, llm).restore(second / f"{model}.safetensors")
-    log = [row for f in folders for row in json.loads((f / f"{model}.log.json").read_text())]
+    logs = [json.loads((folder / f"{model}.log.json").read_text()) for folder in folders]
     kept = json.loads((second / f"{model}.kept.json").read_text())
-    return _Stages(net, None if end_to_end else first, log, seconds, kept)
+    kept["curve"] = dict(zip(("pretrain", "finetune")[-len(logs) :], map(curve_shape, logs)))
+    return _Stages(net, None if end_to_end else first, sum(logs, []), seconds, kept)
 
 
 # %% ../../nbs/experiments/03_variants.ipynb #cell-038
