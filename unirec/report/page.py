@@ -253,7 +253,8 @@ def set_view(
     charts = [comparison_charts(results, name, table), *curve_charts(folder)]
     share = _read_object(folder / "llm_share.json")
     share = {model: part for model, part in share.items() if isinstance(part, dict)}
-    parts = _parts_of(share, read_curves(folder))
+    curves = read_curves(folder)
+    parts = _parts_of(share, curves)
     quality = _read_object(folder / "quality.json") if (folder / "quality.json").is_file() else {}
     tables = quality_tables(quality)
     counts, attributes = pd.DataFrame(tables["counts"]), pd.DataFrame(tables["attributes"])
@@ -262,7 +263,7 @@ def set_view(
         "synthetic": synthetic,
         "allowed": allowed,
         "results": results_frame(table, parts),
-        "summary": " ".join([rank_sentence(table), *_lacking_parts(parts)]).strip(),
+        "summary": " ".join([rank_sentence(table, curves), *_lacking_parts(parts)]).strip(),
         "targets": targets_sentence(table),
         "seeds": sorted(set(table["seeds"])),
         "quality": quality,

@@ -235,16 +235,34 @@ def results_markdown(
 
 
 # %% ../../nbs/report/02_tables.ipynb #cell-025
+def _best_on_validation(
+    curves: pd.DataFrame,  # of `read_curves`
+    forms: list[str],  # names of models
+) -> str | None:  # None: no curve of any of them was measured
+    "The form whose kept model has the best MRR on validation; the last stage of a form keeps its model"
+    best: dict[str, float] = {}
+    for form in forms:
+        rows = curves[curves["model"] == form]
+        if (rows["stage"] == "finetune").any():
+            rows = rows[rows["stage"] == "finetune"]
+        if rows["mrr"].notna().any():
+            best[form] = float(rows["mrr"].max())
+    return max(best, key=best.__getitem__) if best else None
+
+
 def rank_sentence(
     table: pd.DataFrame,  # rows of `results_table` for one data set
-) -> str:  # empty if there is no UniRec or nothing to compare with
-    "The place of UniRec among the models of a run"
+    curves: pd.DataFrame,  # of `read_curves`
+) -> str:  # empty if no form of UniRec was trained or there is nothing to compare with
+    "The place, among the models of a run, of the form of UniRec that is best on validation"
     names, values = list(table["model"]), list(table["full mrr"])
-    if "unirec" not in names or len(names) < 2:
+    form = _best_on_validation(curves, [name for name in names if name.startswith("unirec")])
+    if form is None or len(names) < 2:
         return ""
-    place = names.index("unirec")
+    place = names.index(form)
     value = values[place]
-    text = f"By full MRR unirec ({value:.4f}) is number {place + 1} of {len(names)}"
+    text = f"By full MRR {form} ({value:.4f}), the form of UniRec that is best on validation,"
+    text += f" is number {place + 1} of {len(names)}"
     others = table[~table["model"].str.startswith("unirec") & table["full mrr"].notna()]
     if others.empty:
         return text + "."
@@ -252,7 +270,7 @@ def rank_sentence(
     text += f"; the best model that is not UniRec is {name} ({best:.4f})"
     if best and value != best:
         word = "passes" if value > best else "falls short of"
-        text += f", which unirec {word} by {abs(value / best - 1):.1%}"
+        text += f", which {form} {word} by {abs(value / best - 1):.1%}"
     return text + "."
 
 
