@@ -161,13 +161,13 @@ def kept_model(
 
 # %% ../../nbs/pipeline/01_stages.ipynb #cell-020
 def validation_of_arms(
-    with_llm: list[dict],  # log of stage 2, whose row 0 is stage 1
-    control: list[dict],  # of stage 1, trained for the same batches without the LLM
-) -> dict[str, float]:  # start, with_llm, control: validation MRR
-    "What stage 2 made of stage 1 with the LLM and without: the best of the epochs that were trained."
+    with_llm: list[dict],  # log of stage 2; its row 0 is read with an untrained LLM if `llm.query` is `llm`
+    control: list[dict],  # of stage 1, trained for the same batches without the LLM; its row 0 is stage 1
+) -> dict[str, float]:  # stage_1, with_llm, control: validation MRR
+    "Stage 1, and what stage 2 made of it with the LLM and without: the best of the epochs that were trained."
     logs = {"with_llm": with_llm, "control": control}
     best = {arm: max(row["mrr"] for row in log[1:]) for arm, log in logs.items()}
-    return {"start": with_llm[0]["mrr"], **best}
+    return {"stage_1": control[0]["mrr"], **best}
 
 
 def _finetune_configs(

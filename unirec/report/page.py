@@ -120,7 +120,9 @@ def relative_change(
 def llm_share_frame(
     share: Mapping,  # of llm_share.json: model -> mrr, mrr_without_llm, norm_share, gate, validation
 ) -> pd.DataFrame | None:  # of cells; None: no model has a language model
-    "Full MRR with the language model's part of the query and without, and what stage 2 did on validation"
+    """Full MRR with the language model's part of the query and without, and what stage 2 did on validation.
+
+    What the language model adds compares the arms that were trained for the same batches."""
     rows = []
     for model, part in share.items():
         if not isinstance(part, dict):
@@ -138,12 +140,16 @@ def llm_share_frame(
                 *values,
                 format_number(part.get("norm_share"), "{:.0%}"),
                 format_number(part.get("gate"), "{:.3f}"),
-                *(format_number(arms.get(arm), "{:.4f}") for arm in ("start", "with_llm", "control")),
+                *(format_number(arms.get(arm), "{:.4f}") for arm in ("stage_1", "with_llm", "control")),
                 relative_change(arms.get("with_llm"), arms.get("control")),
             ]
         )
-    names = ["model", "MRR", "without", "change", "norm", "gate", "start", "with LLM", "control", "LLM adds"]
-    return pd.DataFrame(rows, columns=names) if rows else None
+    if not rows:
+        return None
+    names = ["model", "MRR", "without", "change", "norm", "gate"]
+    names += ["stage 1", "with LLM", "control", "LLM adds"]
+    frame = pd.DataFrame(rows, columns=names)
+    return frame.drop(columns="gate") if (frame["gate"] == "–").all() else frame
 
 
 # %% ../../nbs/report/07_page.ipynb #cell-019
