@@ -75,7 +75,8 @@ class Departure(NamedTuple):
     part: str  # of the model
     paper: str  # what the paper has, with its source
     ours: str  # what this companion has
-    settings: Mapping[str, object] = {}  # name -> the paper's value; empty: all forms have `ours`
+    settings: Mapping[str, object] = {}  # name -> value of `unirec_paper`; empty: all forms have `ours`
+    form: str = ""  # what `unirec_paper` has; empty: the paper's way where there are settings, else `ours`
 
 
 _SHORTCUTS = "P: tokens, user tokens and the language model are the only way to the query"
@@ -118,7 +119,7 @@ DEPARTURES = (
     ),
     Departure(
         "centring",
-        "silent",
+        "P: none is named",
         "candidates are centred and scaled over the catalogue (a batch norm without weights)",
         {"model.centre": False},
     ),
@@ -160,27 +161,28 @@ DEPARTURES = (
     ),
     Departure(
         "moving average",
-        "silent",
+        "P, C: none",
         "a moving average of the weights is validated and kept, in both stages",
         {"pretrain.average": 0.0, "finetune.average": 0.0},
     ),
     Departure(
         "steps",
         "silent",
-        "8 epochs in stage 1, 30 steps in stage 2; `unirec_paper` has 5 and 40, which fit in the default run",
+        "8 epochs of whole passes in stage 1, 30 steps in stage 2",
         {
             "pretrain.fit.epochs": 5,
             "pretrain.batch.most": 45,
             "finetune.batch.steps": 40,
             "finetune.batch.most": 40,
         },
+        "5 epochs of at most 45 steps, then 40 steps: what fits in the default run",
     ),
     Departure(
         "rates of stage 2's language model",
-        "silent",
-        "1e-4 for its projections, 2e-4 for LoRA, as its answer is added to a query that is good already;"
-        " `unirec_paper`, in which it is the whole query, has 1e-3 and 5e-4",
+        "C: 1e-4 for everything",
+        "1e-4 for its projections, 2e-4 for LoRA, as its answer is added to a query that is good already",
         {"finetune.groups.llm.lr": 1.0e-3, "finetune.groups.llm.body.lr": 5.0e-4},
+        "1e-3 and 5e-4, as its answer is the whole query and has few steps to learn it",
     ),
     Departure(
         "what the language model reads",
@@ -193,6 +195,16 @@ DEPARTURES = (
         "noise at the item level",
         "BLIP-2's Q-Former: dropout 0.1; leaving out attributes: silent",
         "a tenth of the attributes is left out, by which two views of an item differ; no dropout",
+    ),
+    Departure(
+        "rate of stage 1",
+        "C: 1e-4 for the item level, 5e-5 for the user level",
+        "2e-3 for everything, as there are a few hundred steps; the profile `paper` has the code's rates",
+    ),
+    Departure(
+        "items a step of the contrast",
+        "C: 4096",
+        "256; the profile `paper` has 4096",
     ),
     Departure(
         "pairs of the contrast",
@@ -247,8 +259,8 @@ def departures_table(
         with path.open(encoding="utf8", newline="") as file:
             worth = {row["part"]: f"{float(row['worth']):+.1%}" for row in csv.DictReader(file)}
     rows = [["part", "the paper (source)", "`unirec`", "`unirec_paper`", "settings", "worth"]]
-    for part, paper, ours, settings in DEPARTURES:
-        form = "as the paper" if settings else "as `unirec`"
+    for part, paper, ours, settings, form in DEPARTURES:
+        form = form or ("as the paper" if settings else "as `unirec`")
         names = ", ".join(f"`{name}`" for name in settings) or "–"
         rows.append([part, paper, ours, form, names, worth.get(part, "not measured yet")])
     return rows

@@ -197,7 +197,7 @@ def comparison_markdown(
             parts += [
                 f"*{escape_markdown(held_out)}.* {escape_markdown(sentence)}",
                 f"<details><summary>All {len(rows)} models: {escape(title)}, {escape(held_out)}</summary>",
-                markdown_table(recorded_frame(rows)),
+                markdown_table(recorded_frame(rows, recorded.label)),
                 "</details>",
             ]
     return "\n\n".join(parts) + "\n"
@@ -208,6 +208,7 @@ def _protocol_view(
     table: pd.DataFrame,  # rows of one data set
     dataset: str,
     protocol: str,
+    label: str = "",  # of `RecordedComparison`
 ) -> (
     dict | None
 ):  # title, sentence, reference, table, plot; None where nothing was ranked in the whole catalogue
@@ -224,7 +225,7 @@ def _protocol_view(
         "title": HELD_OUT.get(protocol, protocol),
         "sentence": data_set_sentence(table, protocol),
         "reference": reference,
-        "table": recorded_frame(rows),
+        "table": recorded_frame(rows, label),
         "plot": plot,
     }
 
@@ -242,7 +243,8 @@ def comparison_view(
     parts = []
     for name, table in tables.items():
         note = "" if recorded.label else progress_sentence(results, name, wanted.get(name)).replace("`", "")
-        views = [_protocol_view(table, name, protocol) for protocol in table["protocol"].drop_duplicates()]
+        protocols = table["protocol"].drop_duplicates()
+        views = [_protocol_view(table, name, protocol, recorded.label) for protocol in protocols]
         parts.append(
             {
                 "name": name,

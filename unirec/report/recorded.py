@@ -100,12 +100,16 @@ def _difference_cells(
 
 def recorded_frame(
     rows: pd.DataFrame,  # what `against_reference` returned
+    label: str = "",  # version 0.1.0: the rows are of that version, whose `unirec` had another form
 ) -> pd.DataFrame:  # of cells
     "The table of one data set and protocol"
-    cells = []
+    cells, form = [], "this companion's form"
     for row in rows.itertuples():
         spread = "" if pd.isna(row.std) else f"± {row.std:.4f}"
-        notes = [model_note(row.model), seeds_note(row._asdict())]
+        note = model_note(row.model)
+        if label:
+            note = note.replace(form, f"{label.removesuffix('.0')}'s form")
+        notes = [note, seeds_note(row._asdict())]
         head = [
             Cell(row.model, "; ".join(note for note in notes if note)),
             Cell(format_number(row.mrr, "{:.4f}"), spread),
