@@ -149,7 +149,7 @@ def llm_share_frame(
     names = ["model", "MRR", "without", "change", "norm", "gate"]
     names += ["stage 1", "with LLM", "control", "LLM adds"]
     frame = pd.DataFrame(rows, columns=names)
-    return frame.drop(columns="gate") if (frame["gate"] == "–").all() else frame
+    return frame.drop(columns="gate") if set(frame["gate"]) == {"–"} else frame
 
 
 # %% ../../nbs/report/07_page.ipynb #cell-019

@@ -241,12 +241,12 @@ def _best_on_validation(
 ) -> str | None:  # None: no curve of any of them was measured
     "The form whose kept model has the best MRR on validation; the last stage of a form keeps its model"
     best: dict[str, float] = {}
+    measured = curves.dropna(subset=["mrr"])
     for form in forms:
-        rows = curves[curves["model"] == form]
-        if (rows["stage"] == "finetune").any():
-            rows = rows[rows["stage"] == "finetune"]
-        if rows["mrr"].notna().any():
-            best[form] = float(rows["mrr"].max())
+        rows = measured[measured["model"] == form]
+        last = rows[rows["stage"] == "finetune"]
+        if len(rows):
+            best[form] = float((last if len(last) else rows)["mrr"].max())
     return max(best, key=best.__getitem__) if best else None
 
 
