@@ -349,6 +349,7 @@ def unfinished(rows: pd.DataFrame) -> float:  # recorded runs -> a number; NaN: 
     return float((known == "rising").sum()) if len(known) else np.nan
 
 
+# %% ../../nbs/experiments/05_judge.ipynb #cell-027
 def _beside_the_best(
     rows: pd.DataFrame,  # of one data set and protocol; `variant` is a model's name
     ranks: pd.DataFrame,  # of their runs

@@ -79,6 +79,7 @@ class Departure(NamedTuple):
     form: str = ""  # what `unirec_paper` has; empty: the paper's way where there are settings, else `ours`
 
 
+# %% ../../nbs/model/11_forms.ipynb #cell-011
 _SHORTCUTS = "P: tokens, user tokens and the language model are the only way to the query"
 DEPARTURES = (
     Departure(
@@ -249,7 +250,7 @@ DEPARTURES = (
 )
 
 
-# %% ../../nbs/model/11_forms.ipynb #cell-011
+# %% ../../nbs/model/11_forms.ipynb #cell-012
 def departures_table(
     root: Path = Path("."),  # of the project
 ) -> list[list[str]]:  # cells in Markdown, the first row is the head

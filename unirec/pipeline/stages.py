@@ -170,6 +170,7 @@ def validation_of_arms(
     return {"stage_1": control[0]["mrr"], **best}
 
 
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-022
 def _finetune_configs(
     settings: Mapping,  # params.yaml's `finetune`
     seed: int,
@@ -233,7 +234,7 @@ def finetune(
     return logs
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-026
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-028
 _TOY = """
 seed: 0
 forms: {unirec: {}, unirec_id: {model.use_id: true}}
@@ -290,7 +291,7 @@ baselines:
 evaluate: {negatives: 20, examples: 3}
 """
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-027
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-029
 _TOY_STAGES = ("download", "prepare", "embed", "pretrain", "finetune", "evaluate")
 
 
@@ -333,7 +334,7 @@ def _run_stage(stage: str, root: Path, spec: SetSpec, params: dict) -> None:
         evaluate(loaded(), prepared, models, raw, params, results, predictions)
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-030
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-032
 WORDS = (
     "soft clear strong light gentle bright cream bottle brush mirror set colour daily natural classic small"
 ).split()
@@ -374,7 +375,7 @@ def write_four_items(
     return SetSpec.from_params("four", _four_items_block(folder, schema))
 
 
-# %% ../../nbs/pipeline/01_stages.ipynb #cell-031
+# %% ../../nbs/pipeline/01_stages.ipynb #cell-033
 def _four_items_block(folder: Path, schema: Mapping) -> dict:
     "The block of `sets` that reads the tables of `write_four_items`."
     attributes = {}

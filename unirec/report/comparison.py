@@ -230,6 +230,7 @@ def _protocol_view(
     }
 
 
+# %% ../../nbs/report/05_comparison.ipynb #cell-024
 def comparison_view(
     results: Path,  # results folder
     sets: Mapping[str, Mapping],  # data set -> its settings: those that the pipeline runs

@@ -94,6 +94,7 @@ def curve_note(
     return "; ".join(notes)
 
 
+# %% ../../nbs/report/03_notes.ipynb #cell-009
 _STAGE1 = "kept: stage 1; the language model took no part"
 
 
@@ -142,6 +143,7 @@ def kept_note(
     return "; ".join(note for note in every if note)
 
 
+# %% ../../nbs/report/03_notes.ipynb #cell-010
 def seeds_note(
     # seeds; in how many of them stage 1 was kept (kept_stage1) and a curve was rising (rising), where known
     row: Mapping,
@@ -161,7 +163,7 @@ def seeds_note(
     return "; ".join(notes)
 
 
-# %% ../../nbs/report/03_notes.ipynb #cell-011
+# %% ../../nbs/report/03_notes.ipynb #cell-013
 OLD_RULE = (
     "They follow the rule of version 0.1: targets new to the user, those that train lacks among them; models"
     " were chosen on every validation target. In 56 of its 64 runs of UniRec the kept model was that of"

@@ -241,6 +241,7 @@ def _lacking_parts(
     return [f"{model}: {note}." for model, part in parts.items() if (note := kept_note(part))]
 
 
+# %% ../../nbs/report/07_page.ipynb #cell-027
 def set_view(
     results: Path,  # results folder
     predictions: Path,  # predictions folder
@@ -290,7 +291,7 @@ def set_view(
     }
 
 
-# %% ../../nbs/report/07_page.ipynb #cell-029
+# %% ../../nbs/report/07_page.ipynb #cell-030
 _BUDGETS = {"quick": "a quick run; claims never come from it", "full": "the full comparison"}
 
 
@@ -330,7 +331,7 @@ def render_page(
     )
 
 
-# %% ../../nbs/report/07_page.ipynb #cell-031
+# %% ../../nbs/report/07_page.ipynb #cell-032
 def build_page(
     results: Path,  # folder with a subfolder of results for each data set
     predictions: Path,  # folder with a subfolder of predictions for each data set
