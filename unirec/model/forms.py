@@ -81,7 +81,7 @@ class Departure(NamedTuple):
 
 # %% ../../nbs/model/11_forms.ipynb #cell-011
 _SHORTCUTS = "P: tokens, user tokens and the language model are the only way to the query"
-DEPARTURES = (
+_DEPARTURES_1 = (
     Departure(
         "user level",
         "S, P: a user Q-Former with 4 tokens reads the history",
@@ -136,6 +136,10 @@ DEPARTURES = (
         "means of the recent items' embeddings are added to the query",
         {"model.recent": False},
     ),
+)
+
+# %% ../../nbs/model/11_forms.ipynb #cell-013
+_DEPARTURES_2 = (
     Departure(
         "query",
         "P: the language model's output alone",
@@ -185,6 +189,10 @@ DEPARTURES = (
         {"finetune.groups.llm.lr": 1.0e-3, "finetune.groups.llm.body.lr": 5.0e-4},
         "1e-3 and 5e-4, as its answer is the whole query and has few steps to learn it",
     ),
+)
+
+# %% ../../nbs/model/11_forms.ipynb #cell-015
+_DEPARTURES_3 = (
     Departure(
         "what the language model reads",
         "P: item tokens, user tokens and a question in words (`llm.form: plain`, as in the profile `paper`)",
@@ -237,6 +245,10 @@ DEPARTURES = (
         "C: Fourier features, L2-normalised",
         "Fourier features that are not normalised: their length would hide the number's own size",
     ),
+)
+
+# %% ../../nbs/model/11_forms.ipynb #cell-017
+_DEPARTURES_4 = (
     Departure(
         "start of the Q-Formers",
         "silent",
@@ -249,8 +261,11 @@ DEPARTURES = (
     ),
 )
 
+# %% ../../nbs/model/11_forms.ipynb #cell-019
+DEPARTURES = (*_DEPARTURES_1, *_DEPARTURES_2, *_DEPARTURES_3, *_DEPARTURES_4)
 
-# %% ../../nbs/model/11_forms.ipynb #cell-012
+
+# %% ../../nbs/model/11_forms.ipynb #cell-021
 def departures_table(
     root: Path = Path("."),  # of the project
 ) -> list[list[str]]:  # cells in Markdown, the first row is the head
